@@ -56,6 +56,8 @@ CASES = (
     Case("DeiT-Tiny, auto, int8", "deit", "images", ("--drop", "auto", "--int8"), sweep=True, plain=True),
     Case("DeiT-Tiny, auto 2 %", "deit", "images", ("--drop", "auto", "--max-loss", "2"), plain=True),
     Case("DeiT-Tiny, auto 2 %, int8", "deit", "images", ("--drop", "auto", "--max-loss", "2", "--int8"), plain=True),
+    Case("DeiT-Tiny, auto 3 %", "deit", "images", ("--drop", "auto", "--max-loss", "3"), plain=True),
+    Case("DeiT-Tiny, auto 3 %, int8", "deit", "images", ("--drop", "auto", "--max-loss", "3", "--int8"), plain=True),
     Case("DeiT-Tiny, auto without tokens", "deit", "images", ("--drop", "auto", "--tokens", "none")),
     Case("DeiT-Tiny, auto 3 % without tokens, distill", "deit", "images",
          ("--drop", "auto", "--max-loss", "3", "--tokens", "none", "--heal", "distill")),

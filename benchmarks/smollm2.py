@@ -13,7 +13,7 @@ needs a machine that does nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import click
 import torch
 from smollm2_engines import ENGINES, exported, factorial, products, task, timing
+from smollm2_search import searched
 from smollm2_subject import (
     DENSE,
     DESIGNS,
@@ -39,18 +40,13 @@ from smollm2_subject import (
 
 from compressor.heal.heal import heal
 from compressor.lower.traced_model import load
-from compressor.quality.evaluate import graph_runner
 from compressor.quality.validation_loss import ValidationLoss
 from compressor.settings import Settings
 from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps
-from passes.analysis.counted_cost import Costs
-from passes.execute.interpreter import Program
-from passes.graph.cache_state import bytes_per_token
-from passes.graph.graph import Graph
 
 RESULTS = Path(__file__).parent / "results" / "smollm2.json"
-PARTS = ("quality", "export", "factorial", "healing", "task")
+PARTS = ("quality", "searched", "export", "factorial", "healing", "task")
 HEAL_SECONDS = 240.0
 HEALED = tuple(
     (design, method)
@@ -59,20 +55,12 @@ HEALED = tuple(
 )
 
 
-def whole_row(subject: Subject, graph: Graph, changes: Mapping[str, str]) -> Row:
-    """Return everything that is measured of a graph; the outputs of the unchanged one are known."""
-    costs = Costs(graph, subject.traced.costs.example).total
-    facts = {"parameters": costs.parameters, "cache_bytes_per_token": bytes_per_token(graph), "changes": dict(changes)}
-    runner = graph_runner(subject.traced.model, Program(graph).run) if changes else subject.original()
-    return facts | subject.figures(subject.columns(runner)) | subject.continuation(graph)
-
-
 def quality(subject: Subject) -> dict[str, Callable[[], Row]]:
     """Return the measurements of all designs, by name."""
 
     def measure(design: Design) -> Row:
         facts = {"kind": design.kind, "percent": design.percent, "metric": design.metric, "action": design.action}
-        return facts | whole_row(subject, subject.graph(design), subject.changes(design) if design.percent else {})
+        return facts | subject.whole_row(subject.graph(design), subject.changes(design) if design.percent else {})
 
     designs = {ORIGINAL: DENSE} | {design.name: design for design in DESIGNS}
     return {name: lambda design=design: measure(design) for name, design in designs.items()}  # type: ignore[misc]
@@ -89,7 +77,7 @@ def healing(subject: Subject, seconds: float) -> dict[str, Callable[[], Row]]:
         healed, facts = heal(method, graph, traced.graph, traced.model, traced.data.calibration, validation,
                              changed=changed, budget=seconds, seed=0, progress=lambda *_: None)  # fmt: skip
         found = {"design": design.name, "method": method, "budget": seconds, "healed": asdict(facts)}
-        return found | whole_row(subject, healed, changes)
+        return found | subject.whole_row(healed, changes)
 
     return {
         f"{design.name}, {method}": lambda design=design, method=method: measure(design, method)  # type: ignore[misc]
@@ -150,6 +138,7 @@ def main(
         else:
             rows = {
                 "quality": quality,
+                "searched": searched,
                 "healing": partial(healing, seconds=heal_seconds),
                 "factorial": factorial,
                 "task": task,

@@ -26,8 +26,10 @@ from compressor.search.planner import output_divergence, score
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
+from passes.analysis.counted_cost import Costs
 from passes.analysis.redundancy import Scores
 from passes.execute.interpreter import Program
+from passes.graph.cache_state import bytes_per_token
 from passes.graph.graph import Graph, Site
 from passes.plan.plan import with_action
 from passes.plan.selection import choose, parse
@@ -203,3 +205,11 @@ class Subject:
         same = np.cumprod(found == self.greedy, axis=1).sum(1).astype(np.float64)
         leading = bootstrap(lambda part: part["same"].mean(-1), {"same": same})
         return {"equal_texts": int((same == NEW).sum()), "leading": asdict(leading)}
+
+    def whole_row(self, graph: Graph, changes: Mapping[str, str]) -> Row:
+        """Return everything that is measured of a graph; the outputs of the unchanged one are known."""
+        costs = Costs(graph, self.traced.costs.example).total
+        cache = bytes_per_token(graph)
+        facts = {"parameters": costs.parameters, "cache_bytes_per_token": cache, "changes": dict(changes)}
+        runner = graph_runner(self.traced.model, Program(graph).run) if changes else self.original()
+        return facts | self.figures(self.columns(runner)) | self.continuation(graph)

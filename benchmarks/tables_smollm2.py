@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def smollm2_table(found: Row) -> str:
     """
     parts = {
         "quality": _quality,
+        "searched": _searched,
         "healing": _healing,
         "factorial": _factorial,
         "timing": _timing,
@@ -74,6 +76,29 @@ def _quality(found: Row) -> Iterator[str]:
                       "equal tokens before another", "parameters", "cache per token")  # fmt: skip
     for row in found["quality"].values():
         yield _line(*_named(row), *_measured(row, prompts["count"]))
+
+
+def _searched(found: Row) -> Iterator[str]:
+    yield from _table("`--drop auto` as fast as", "changes", "predicted speed-up of both", "measured, both",
+                      "lost, %", "instead of", "same next token, %", "instead of", "parameters",
+                      "cache per token")  # fmt: skip
+    for row in found["searched"].values():
+        other, predicted, speeds = found["quality"][row["equal"]], row["predicted"], row["speedups"]
+        yield _line(row["equal"], _kinds_changed(row["changes"]),
+                    f"{predicted['auto']:.2f}x, {predicted[row['equal']]:.2f}x",
+                    f"{_times(speeds['auto'])}, {_times(speeds[row['equal']])}", _lost(row["loss"]),
+                    _lost(other["loss"]), f"{row['agreement']['value']:.1f}", f"{other['agreement']['value']:.1f}",
+                    f"{row['parameters'] / 1e6:.1f} M", f"{row['cache_bytes_per_token']:,} B")  # fmt: skip
+
+
+def _kinds_changed(changes: Mapping[str, str]) -> str:
+    """Count the changes by action and kind of branch.
+
+    >>> _kinds_changed({"layers.1.self_attn": "drop", "layers.2.mlp": "linear", "layers.3.mlp": "linear"})
+    '1 self_attn drop, 2 mlp linear'
+    """
+    counts = Counter(f"{site.rpartition('.')[2]} {action}" for site, action in changes.items())
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _named(row: Row) -> tuple[str, str]:

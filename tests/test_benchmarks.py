@@ -550,8 +550,11 @@ def smollm2_results():
     }
     both = {"cell": "gguf, attention 50%, int4", "part": "token", "ratio": over(0.9), "verdict": "less"}
     product = {"milliseconds": 0.08, "over_float": over(2.0), "over_4_bits": over(0.8), "bytes": 1_000_000}
+    found = smollm2_row("auto", 50, "abcd", 30.0) | {"predicted": {"auto": 1.2, "attention 50%": 1.15}}
+    found |= {"equal": "attention 50%", "speedups": {"auto": over(1.3), "attention 50%": over(1.25)}}
     return {
         "quality": rows,
+        "searched": {"auto, as fast as attention 50%": found},
         "healing": {"attention 50%, distill": half | {"healed": healed}},
         "factorial": {"cell": smollm2_row("attention", 50, "abcdefghij", 90.0) | cell},
         "timing": {"rows": {"x": engine | {"first": timed, "token": timed}}, "interactions": [both],
@@ -571,23 +574,26 @@ def test_the_tables_of_smollm2(smollm2_results):
         f"| attention, 50 % (10) | cosine (LLM-Drop) | 80.00 | +300.00 (+299.00 to +301.00) {tail} 90.0 M | 900 B |"
     )
     assert "| 2000.00 | 100x (100x to 100x) |" in lines[4]
-    assert lines[8].startswith("| attention 50% | distill | 100 | 7 | +300.00 (+299.00 to +301.00) | +100.00 (")
-    assert lines[8].endswith("| 75.0 → 75.0 | 50% |")  # log 2 of log 4
-    assert lines[12].startswith("| attention 50% | int8 | 2 MB | 90.00 | +350.00 (")
-    assert lines[12].endswith("| -5.00 (-6.00 to -4.00) |")
-    assert lines[16].startswith("| llama.cpp | attention 50% | int4 | 1 MB | 200 | 1.10x (1.00–1.20) | 200.0 | 1.10x (")
-    assert lines[19].startswith(
+    assert lines[12].startswith("| attention 50% | distill | 100 | 7 | +300.00 (+299.00 to +301.00) | +100.00 (")
+    assert lines[12].endswith("| 75.0 → 75.0 | 50% |")  # log 2 of log 4
+    assert lines[16].startswith("| attention 50% | int8 | 2 MB | 90.00 | +350.00 (")
+    assert lines[16].endswith("| -5.00 (-6.00 to -4.00) |")
+    assert lines[20].startswith("| llama.cpp | attention 50% | int4 | 1 MB | 200 | 1.10x (1.00–1.20) | 200.0 | 1.10x (")
+    assert lines[23].startswith(
         "- S_both / (S_prune x S_quant), further token: 1 less. llama.cpp, attention 50%, int4 0.90 ("
     )
-    assert lines[21] == "- Not timed: torch."
-    assert lines[25].startswith("| 2 bits | 1.00 MB | 80 | 2.00x (1.90–2.10) | 0.80x (")
+    assert lines[25] == "- Not timed: torch."
+    assert lines[29].startswith("| 2 bits | 1.00 MB | 80 | 2.00x (1.90–2.10) | 0.80x (")
+    searched = next(line for line in lines if line.startswith("| attention 50% | 1 a drop, 1 b drop"))
+    assert "| 1.20x, 1.15x | 1.30x (1.20–1.40), 1.25x (1.15–1.35) | +50.00 (" in searched
+    assert searched.endswith("| +300.00 (+299.00 to +301.00) | 75.0 | 75.0 | 96.0 M | 960 B |")
     assert "60 questions with 4 choices each (0.25 by chance): dense 0.500 ± 0.060." in "\n".join(lines)
     assert "They hold 10.0% of the parameters, so a step that reads every weight once is at most 1.11x" in lines[-1]
     assert "Measured, a further token: llama.cpp int4 1.10x (1.00–1.20)." in lines[-1]
 
 
 def test_a_part_of_smollm2_that_was_not_measured_has_no_table(smollm2_results):
-    for part in ("healing", "factorial", "timing", "products", "task"):
+    for part in ("searched", "healing", "factorial", "timing", "products", "task"):
         del smollm2_results[part]
     text = script("tables_smollm2").smollm2_table(smollm2_results)
     assert text.count("\n|---") == 1
@@ -954,6 +960,9 @@ def test_smollm2_runs_on_a_small_model(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(smollm2, name, value)
     monkeypatch.setattr(of_engines, "PLANS", (shared.DENSE, half))
+    of_search = script("smollm2_search")
+    monkeypatch.setattr(of_search, "EQUAL", (half,))
+    monkeypatch.setattr(of_search, "GENERATED", "8:4")
     monkeypatch.setattr(of_engines, "FURTHER", shared.Design("block", 50))
     monkeypatch.setattr(of_engines, "CONTEXT", 12)
     for module in (shared, smollm2):

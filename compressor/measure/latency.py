@@ -18,6 +18,7 @@ from runtimes.base.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, inter
 
 QUICK_ROUNDS = 8  # rounds of the quick timing in a search; they are short, so that some run on a quiet machine
 QUICK_SECONDS = 0.1  # length of a burst
+QUICK_WARMUP = 0.05  # length of its warm-up
 STEADY = 0.1  # relative difference of two timings of one engine above which the machine is under load
 REPEATS = 3  # quick timings at most, if the machine is under load
 AGAIN = "again"  # the first engine, timed a second time
@@ -77,7 +78,13 @@ class EngineTimer:
         Returns:
             Milliseconds of the quietest burst of all repetitions, by engine and call.
         """
-        briefly = partial(interleave, rounds=QUICK_ROUNDS, burst_seconds=QUICK_SECONDS, progress=progress)
+        briefly = partial(
+            interleave,
+            rounds=QUICK_ROUNDS,
+            burst_seconds=QUICK_SECONDS,
+            warmup_seconds=QUICK_WARMUP,
+            progress=progress,
+        )
         first = next(iter(engines))
         twice = {**engines, AGAIN: engines[first]}
         times = {name: dict.fromkeys(self.calls, math.inf) for name in twice}
