@@ -2,7 +2,8 @@
 
     python benchmarks/corrections.py --data-root ../shared/data [--part NAME ...] [--case NAME ...]
 
-- `knapsack`: plans of an integer program over single effects, beside those of the search (knapsack.py).
+- `knapsack`: plans of an integer program over single effects, beside those of the search, with tokens merged and
+  without (knapsack.py).
 - `corrections`: the same branches dropped, and replaced in several ways (this file).
 - `joined`: two adjacent blocks computed side by side, and their MLPs made one (joined_blocks.py).
 
@@ -42,6 +43,7 @@ MODELS = {"DeiT-Tiny": ("deit", "images"), "MiniLM": ("minilm", "stsb"), "Llama 
 SAMPLES = {"MiniLM": 600}
 PARTS = {
     "knapsack": ("DeiT-Tiny", "MiniLM"),
+    "knapsack without tokens": ("DeiT-Tiny", "MiniLM"),
     "corrections": ("DeiT-Tiny", "Llama 260k"),
     "joined": ("DeiT-Tiny",),
 }
@@ -255,8 +257,8 @@ def corrections(bench: Bench, designs: Sequence[tuple[Sequence[str], int]]) -> d
 
 def measure(part: str, case: str, bench: Bench) -> dict[str, Any]:
     """Run one part on one model."""
-    if part == "knapsack":
-        return {name: knapsack(bench, actions) for name, actions in ACTIONS.items()}
+    if part in ACTIONS:
+        return knapsack(bench, ACTIONS[part])
     return joined(bench) if part == "joined" else corrections(bench, DESIGNS[case])
 
 

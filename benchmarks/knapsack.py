@@ -27,7 +27,7 @@ from passes.base import PassError
 from passes.graph.graph import Graph
 from passes.plan.plan import merged_tokens
 
-ACTIONS = {"maps": MAPS, "maps and merged tokens": f"{MAPS},merge"}
+ACTIONS = {"knapsack": f"{MAPS},merge", "knapsack without tokens": MAPS}
 BUDGETS = tuple(number / 24 for number in range(1, 13))  # shares of the multiply-adds that are to be saved
 REFITTED = "search, fitted in order of depth"
 ATTEMPTS = 60  # programs solved for one budget
@@ -105,7 +105,7 @@ class Alone:
         """
         saving = search.whole - most
         for attempt in range(1, ATTEMPTS + 1):
-            changes = solved(self.effects, saving, self.refused)
+            changes = in_depth_order(solved(self.effects, saving, self.refused), search.rewriter)
             graph = self._applied(search.rewriter, changes)
             if graph is None:
                 continue
@@ -143,20 +143,33 @@ def knapsack(bench: Bench, actions: str) -> dict[str, Any]:
     for number in points(search):
         changes = search.rewriter.of_sites({step.unit: step.action for step in search.steps[:number]})
         graph = search.rewriter.reduced(search.graphs[number], changes)
-        name = f"search {number}"
+        name, base = f"search {number}", [f"search {number}"]
         variants[name] = Variant(graph, (), {"method": "search"} | told(search, changes, graph))
-        if list(changes) != (deep := sorted(changes, key=list(search.rewriter.units).index)):
-            changes = {site: changes[site] for site in deep}
-            graph = search.rewriter.rewritten(changes)
+        if list(changes) != list(ordered := in_depth_order(changes, search.rewriter)):
+            changes, graph = ordered, search.rewriter.rewritten(ordered)
             further = {"method": REFITTED} | told(search, changes, graph)
-            variants[f"{name}, {REFITTED}"] = Variant(graph, (name,), further)
+            base.append(f"{name}, {REFITTED}")
+            variants[base[-1]] = Variant(graph, (name,), further)
         start = clock()
         changes, programs = alone.plan(search, search.steps[number - 1].cost)
         seconds["programs"] += clock() - start
         graph = search.rewriter.rewritten(changes)
         further = {"method": "knapsack", "programs": programs} | told(search, changes, graph)
-        variants[f"knapsack {number}"] = Variant(graph, (name,), further)
+        variants[f"knapsack {number}"] = Variant(graph, base, further)
     return {"candidates": len(alone.effects), "seconds": seconds, "rows": bench.judged(variants)}
+
+
+def in_depth_order(changes: Mapping[str, str], rewriter: Rewriter) -> dict[str, str]:
+    """Return changes with the drops first, then the others by depth, so that each map corrects all changes before it.
+
+    The drops behind a map tell it which tokens are read there.
+    """
+    return {
+        site: changes[site]
+        for dropped in (True, False)
+        for site in rewriter.units
+        if site in changes and (changes[site] == "drop") is dropped
+    }
 
 
 def points(search: Search) -> list[int]:
