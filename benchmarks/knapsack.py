@@ -25,7 +25,7 @@ from compressor.workspace.journal import Journal
 from passes.analysis.least_squares import Fits
 from passes.base import PassError
 from passes.graph.graph import Graph
-from passes.plan.plan import merged_tokens
+from passes.plan.plan import form_and_rank, merged_tokens
 
 ACTIONS = {"knapsack": f"{MAPS},merge", "knapsack without tokens": MAPS}
 BUDGETS = tuple(number / 24 for number in range(1, 13))  # shares of the multiply-adds that are to be saved
@@ -145,7 +145,9 @@ def knapsack(bench: Bench, actions: str) -> dict[str, Any]:
         graph = search.rewriter.reduced(search.graphs[number], changes)
         name, base = f"search {number}", [f"search {number}"]
         variants[name] = Variant(graph, (), {"method": "search"} | told(search, changes, graph))
-        if list(changes) != list(ordered := in_depth_order(changes, search.rewriter)):
+        maps = [site for site, action in changes.items() if form_and_rank(action)[0] not in ("drop", "merge")]
+        ordered = in_depth_order(changes, search.rewriter)
+        if maps and list(changes) != list(ordered):
             changes, graph = ordered, search.rewriter.rewritten(ordered)
             further = {"method": REFITTED} | told(search, changes, graph)
             base.append(f"{name}, {REFITTED}")
