@@ -49,7 +49,7 @@ PARTS = {
 }
 ANY, MLP = ("attention", "mlp"), ("mlp",)
 DESIGNS = {  # kinds and number of branches
-    "DeiT-Tiny": ((ANY, 3), (ANY, 5), (MLP, 3), (MLP, 5)),
+    "DeiT-Tiny": ((ANY, 3), (ANY, 5), (MLP, 3)),
     "Llama 260k": ((ANY, 1), (ANY, 3), (MLP, 2)),
 }
 FREE = ("drop", "constant", "scale")  # actions without multiply-adds

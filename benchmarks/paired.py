@@ -22,6 +22,8 @@ from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph, Site
 
+FITTED = 128
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -54,9 +56,8 @@ class Bench:
 
     @cached_property
     def fitting(self) -> Split:
-        """The other calibration samples."""
-        calibration = self.subject.data.calibration
-        return calibration.beside(self.effects.split, len(calibration))
+        """Other calibration samples, at most `FITTED`."""
+        return self.subject.data.calibration.beside(self.effects.split, FITTED)
 
     @cached_property
     def prices(self) -> CostModel:
