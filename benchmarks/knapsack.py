@@ -19,13 +19,14 @@ from ablation import MAPS, begin
 from paired import Bench, Variant
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from compressor.search.depth_order import has_maps, in_depth_order
 from compressor.search.greedy import Candidate, Search
 from compressor.search.rewriter import Rewriter
 from compressor.workspace.journal import Journal
 from passes.analysis.least_squares import Fits
 from passes.base import PassError
 from passes.graph.graph import Graph
-from passes.plan.plan import form_and_rank, merged_tokens
+from passes.plan.plan import merged_tokens
 
 ACTIONS = {"knapsack": f"{MAPS},merge", "knapsack without tokens": MAPS}
 BUDGETS = tuple(number / 24 for number in range(1, 13))  # shares of the multiply-adds that are to be saved
@@ -105,7 +106,7 @@ class Alone:
         """
         saving = search.whole - most
         for attempt in range(1, ATTEMPTS + 1):
-            changes = in_depth_order(solved(self.effects, saving, self.refused), search.rewriter)
+            changes = in_depth_order(solved(self.effects, saving, self.refused), search.rewriter.units)
             graph = self._applied(search.rewriter, changes)
             if graph is None:
                 continue
@@ -145,9 +146,8 @@ def knapsack(bench: Bench, actions: str) -> dict[str, Any]:
         graph = search.rewriter.reduced(search.graphs[number], changes)
         name, base = f"search {number}", [f"search {number}"]
         variants[name] = Variant(graph, (), {"method": "search"} | told(search, changes, graph))
-        maps = [site for site, action in changes.items() if form_and_rank(action)[0] not in ("drop", "merge")]
-        ordered = in_depth_order(changes, search.rewriter)
-        if maps and list(changes) != list(ordered):
+        ordered = in_depth_order(changes, search.rewriter.units)
+        if has_maps(changes) and list(changes) != list(ordered):
             changes, graph = ordered, search.rewriter.rewritten(ordered)
             further = {"method": REFITTED} | told(search, changes, graph)
             base.append(f"{name}, {REFITTED}")
@@ -159,19 +159,6 @@ def knapsack(bench: Bench, actions: str) -> dict[str, Any]:
         further = {"method": "knapsack", "programs": programs} | told(search, changes, graph)
         variants[f"knapsack {number}"] = Variant(graph, base, further)
     return {"candidates": len(alone.effects), "seconds": seconds, "rows": bench.judged(variants)}
-
-
-def in_depth_order(changes: Mapping[str, str], rewriter: Rewriter) -> dict[str, str]:
-    """Return changes with the drops first, then the others by depth, so that each map corrects all changes before it.
-
-    The drops behind a map tell it which tokens are read there.
-    """
-    return {
-        site: changes[site]
-        for dropped in (True, False)
-        for site in rewriter.units
-        if site in changes and (changes[site] == "drop") is dropped
-    }
 
 
 def points(search: Search) -> list[int]:

@@ -58,14 +58,6 @@ def test_the_program_finds_the_best_of_all_plans(seed):
     assert sum(effects[each][0] for each in found.items()) == pytest.approx(best, abs=1e-6)
 
 
-def test_drops_come_first_and_maps_by_depth(bench):
-    names = [site.name for site in bench.subject.sites][:4]
-    changes = {names[3]: "linear", names[2]: "drop", names[1]: "merge:25%", names[0]: "drop"}
-    ordered = script("knapsack").in_depth_order(changes, bench.rewriter)
-    assert list(ordered) == [names[0], names[2], names[1], names[3]]
-    assert ordered == changes
-
-
 def regressions(maps, rows=400, width=12, noise=0.0):
     generator = torch.Generator().manual_seed(0)
     made = []
