@@ -16,6 +16,7 @@ from typing import Any
 import tables_ablation
 import tables_abuse
 import tables_budget
+import tables_corrections
 import tables_coverage
 import tables_criteria
 import tables_decode
@@ -150,6 +151,9 @@ TABLES = {
     "main_job": main_job,
     "cost": cost,
     "headline": headline,
+    "corrections": tables_corrections.corrections,
+    "joined": tables_corrections.joined,
+    "knapsack": tables_corrections.knapsack,
     "coverage": tables_coverage.coverage,
     "coverage_timm": tables_coverage.coverage_timm,
     "criteria": tables_criteria.criteria,

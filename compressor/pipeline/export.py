@@ -51,6 +51,7 @@ from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
 from compressor.report.recipe_notes import recipe_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict, shares_of_time
+from compressor.search import depth_order
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.last_tokens import of_last_tokens
@@ -280,8 +281,12 @@ def _decided(
 def _adapted(
     choice: Choice, subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, seconds: float, steps: Steps
 ) -> _Rewritten:
-    """Heal the graph of a choice for at most `seconds`, and fold it."""
+    """Fit the maps of a choice again, heal its graph for at most `seconds`, and fold it.
+
+    With a confidence, the graph stays the one that was certified.
+    """
     with index_errors_as_data_errors(subject):
+        choice = choice if settings.confidence is not None else depth_order.refitted(choice, steps)
         choice, graph, healed = _healed(choice, subject, settings, seconds, steps)
         graph = without_image_tokens(graph, subject.model, settings)
     return _Rewritten(choice, graph, evaluator.builder.fold(graph), healed)
@@ -510,6 +515,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph, targ
 
 def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: _Rewritten) -> tuple[str, ...]:
     notes, healed = [*resumed(report.search), *price_notes(report.search)], rewritten.healed
+    notes += depth_order.sentences(report.search)
     if "decision" in report.search:
         notes.append(decision_sentence(report.search["decision"]))
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:

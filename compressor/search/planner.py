@@ -92,7 +92,8 @@ class Choice:
         assert self.search is not None
         plan = self.search.plan(self.plan.model, self.plan.rule, count)
         cost = self.search.steps[count - 1].cost if count else self.search.whole
-        facts = self.facts | {"chosen": count, "predicted_speedup": self.search.whole / cost}
+        facts = {name: fact for name, fact in self.facts.items() if name != "refitted"}
+        facts |= {"chosen": count, "predicted_speedup": self.search.whole / cost}
         return replace(self, plan=plan, graph=self.search.graphs[count], facts=facts)
 
     def within(self, limit: float) -> Choice:

@@ -76,7 +76,7 @@ class Plan:
     """Actions for the sites of one model, which ``--drop plan.json`` applies again.
 
     `decisions` has one entry per site, in the order of the sites. `order` lists the changed sites in the order in which
-    they were chosen, because a replacement is fitted on the graph that the changes before it leave. `fingerprint`
+    they are applied, because a replacement is fitted on the graph that the changes before it leave. `fingerprint`
     identifies the structure of the model (see `fingerprint`).
     """
 
