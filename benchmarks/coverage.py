@@ -240,8 +240,8 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     feeds = _feeds(module, inputs, padded, placeholders)
     own: dict[str, Any] = {name: torch.from_numpy(feeds[name]) for name in feeds if not name.startswith(PAST)}
     accepted = set(_parameters(module))
-    if getattr(module.config, "is_encoder_decoder", False) and "use_cache" in accepted:
-        own["use_cache"] = False  # as targets are evaluated: with a cache, FSMT does not mask later tokens
+    if "use_cache" in accepted:
+        own["use_cache"] = False  # with a cache, FSMT does not mask later tokens, and Bamba without attention fails
     if placeholders and "token_type_ids" in accepted:  # as processors return for a prompt
         is_image = (own["input_ids"] == placeholders[0]).long()
         own["token_type_ids"] = is_image * (module.config.model_type == "gemma3")
