@@ -238,8 +238,10 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     import torch
 
     feeds = _feeds(module, inputs, padded, placeholders)
-    own = {name: torch.from_numpy(feeds[name]) for name in feeds if not name.startswith(PAST)}
+    own: dict[str, Any] = {name: torch.from_numpy(feeds[name]) for name in feeds if not name.startswith(PAST)}
     accepted = set(_parameters(module))
+    if "use_cache" in accepted:
+        own["use_cache"] = False  # with a cache, FSMT does not mask later tokens, and Bamba without attention fails
     if placeholders and "token_type_ids" in accepted:  # as processors return for a prompt
         is_image = (own["input_ids"] == placeholders[0]).long()
         own["token_type_ids"] = is_image * (module.config.model_type == "gemma3")

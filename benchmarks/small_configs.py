@@ -53,9 +53,13 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if any(name in values for name in TIED):
         fields = {name: value for name, value in fields.items() if name not in (*WIDTHS, "embedding_size")}
-    for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size"):
+    for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size", "head_dim", "n_routed_experts"):
         if values.get(name, 0) is None:
             fields[name] = SIZES[name]
+    if "expand" in values and "num_heads" in fields:  # Mamba-2, whose heads divide the expanded width
+        fields["head_dim"] = values["expand"] * fields["hidden_size"] // fields["num_heads"]
+    if "conv_L_cache" in values and values.get("layer_types", 0) is None:  # LFM2-MoE: checkpoints list them
+        fields["layer_types"] = ["conv", "full_attention"]
     if "image_token_index" in values and values["image_token_index"] is None:  # BLIP-2: checkpoints have one
         fields["image_token_index"] = 3
     if "image_grid_pinpoints" in values:

@@ -43,11 +43,13 @@ WORDS = [
 ]
 VOCABULARY, FRAMES, BINS = 48, 40, 12
 TEXT = ("bart", "t5")
-KINDS = (*TEXT, "whisper", "pictures", "speech")  # pictures: ViT and TrOCR's decoder; speech: sound of any length
+# Pictures: ViT and TrOCR's decoder; speech: sound of any length.
+KINDS = (*TEXT, "fsmt", "whisper", "pictures", "speech")
 # A self-attention of the decoder and a cross-attention of another layer.
 DROPPED = {
     "bart": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
     "t5": ("decoder.block.1.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"),
+    "fsmt": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
     "whisper": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
     "pictures": ("decoder.model.decoder.layers.0.self_attn", "decoder.model.decoder.layers.1.encoder_attn"),
     "speech": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
@@ -63,6 +65,9 @@ CONFIGS = {
         "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
         "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "tie_word_embeddings": False,
     },
+    "fsmt": {name: value for name, value in _TOWERS.items() if name != "vocab_size"}
+    | {"src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    | {"decoder_start_token_id": 2, "forced_eos_token_id": None, "decoder_ffn_dim": 32},
     "whisper": _TOWERS
     | {"max_source_positions": FRAMES // 2, "max_target_positions": 64, "num_mel_bins": BINS}
     | {"decoder_start_token_id": 3, "suppress_tokens": [], "begin_suppress_tokens": []},
@@ -70,7 +75,7 @@ CONFIGS = {
     | {"max_source_positions": 64, "max_target_positions": 64, "input_feat_per_channel": BINS, "conv_channels": 16}
     | {"decoder_start_token_id": 2},
 }  # fmt: skip
-CLASSES = {"bart": "Bart", "t5": "T5", "whisper": "Whisper", "speech": "Speech2Text"}
+CLASSES = {"bart": "Bart", "t5": "T5", "fsmt": "FSMT", "whisper": "Whisper", "speech": "Speech2Text"}
 SIDE = 8  # pixels of a picture
 
 
@@ -78,8 +83,9 @@ def build(kind, **changes):
     """A model whose branches matter, and whose best token is far from the second best."""
     torch.manual_seed(1)
     module = _reader() if kind == "pictures" else _of_class(kind, changes)
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in module.named_parameters():
+        sines = kind == "fsmt" and "embed_positions" in name  # no part of a checkpoint
+        if parameter.ndim > 1 and not sines:
             torch.nn.init.normal_(parameter, std=0.3)
     return module
 

@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import onnx_ir as ir
 import torch
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
-__all__ = ["decomposed_by", "one_registry"]
+__all__ = ["add_operator", "decomposed_by", "one_registry"]
+
+
+def add_operator(name: str, *inputs: ir.Value, outputs: int, **attributes: Any) -> Sequence[ir.Value]:
+    """Add an operator of ONNX to the graph that is being exported, in the translation of an operator of torch.
+
+    Uses `call_op` of the private `_torchlib.ops.hop`. Without it, a translation cannot contain a Scan.
+    """
+    return call_op(name, *inputs, _num_outputs=outputs, **attributes)
+
 
 _build = ONNXRegistry.from_torchlib
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,6 +33,7 @@ __all__ = [
     "keep_stages",
     "made_by",
     "quiet",
+    "replaced_functions",
     "shards",
     "with_random_weights",
     "without_bar",
@@ -159,6 +162,24 @@ def keep_stages(config: Any, count: int, kept: int) -> None:
     if stages is not None and len(stages) == count + 1:
         config.stage_names = stages[: kept + 1]
         config.out_features = config.stage_names[-1:]  # also sets out_indices
+
+
+@contextlib.contextmanager
+def replaced_functions(module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace functions of the files that define the classes of a module and of its parts, by their names.
+
+    They are not documented. A file that has no function of a name stays as it is.
+
+    Args:
+        module: a model.
+        functions: the function that stands for each name, with its arguments.
+    """
+    files = {sys.modules[type(each).__module__] for each in module.modules()}
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            for name in functions.keys() & vars(file).keys():
+                stack.enter_context(mock.patch.object(file, name, functions[name]))
+        yield
 
 
 @contextlib.contextmanager

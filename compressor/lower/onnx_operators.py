@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from passes.graph.graph import aten, value_of
-from passes.torch_internals import OpOverload, enable_python_dispatcher, is_mutable, make_fx
+from passes.torch_internals import OpOverload, enable_python_dispatcher, fake_mode, is_mutable, make_fx, tree_leaves
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -61,9 +62,11 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         if node.target is aten.reshape.default:
             return _reshaped(*args)  # type: ignore[arg-type]
+        if node.target is aten.rsub.Scalar:
+            return _subtracted(*args, **kwargs)  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with enable_python_dispatcher():
+    with _mode(node), enable_python_dispatcher():
         part = make_fx(call, decomposition_table=table)(*map(value_of, inputs)).graph
     calls = [each for each in part.nodes if each.op not in ("placeholder", "output")]
     if not all(each.op == "call_function" and kept(each.target) and not is_mutable(each.target) for each in calls):
@@ -76,10 +79,21 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
     return fx.node.map_arg(part.output_node().args[0], copies.__getitem__)
 
 
+def _mode(node: fx.Node) -> contextlib.AbstractContextManager[Any]:
+    """Return the mode in which an operator without operands that are tensors, such as `eye`, makes a traced value."""
+    modes = (fake_mode(each) for each in tree_leaves(value_of(node)))
+    return next((mode for mode in modes if mode is not None), contextlib.nullcontext())
+
+
 def _reshaped(values: torch.Tensor, shape: Any) -> torch.Tensor:
     """Reshape through a copy, as the strides that were recorded may be wrong after an edit; ONNX has no strides."""
     copy = aten.clone.default(values, memory_format=torch.contiguous_format)
     return aten.view.default(copy, shape)  # type: ignore[no-any-return]
+
+
+def _subtracted(values: torch.Tensor, number: float, alpha: float = 1) -> torch.Tensor:
+    """Subtract values from a number without an operator whose first operand is a number, which has no promoted type."""
+    return aten.add.Tensor(aten.mul.Tensor(values, -alpha), number)  # type: ignore[no-any-return]
 
 
 def _replace(node: fx.Node, value: Any) -> None:

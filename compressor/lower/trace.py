@@ -10,12 +10,14 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.lower.size_guards import SizeGuard, size_guards
+from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
 from passes.rewrite.read_size import ReadSize
+from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
 from passes.torch_internals import is_mutable
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
@@ -68,7 +70,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with suppress_output(), torch.no_grad():
+        with suppress_output(), torch.no_grad(), as_operators(model.module):
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             traced = program
             if any(is_mutable(node.target) for node in program.graph.nodes):
@@ -78,6 +80,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
+    if any(map(is_complex, graph.nodes())):
+        apply(RealArithmetic(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
         apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:

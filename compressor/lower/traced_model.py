@@ -167,7 +167,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         data = dataclasses.replace(data, limitations=(*data.limitations, *check_sizes(guards, model, data)))
         _check_trained(graph, model)
         sites = find_sites(graph)
-        if not sites:
+        if not sites and settings.drop != "none":
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
         if stages is not None:
             without_image_tokens(graph, model, settings)  # asked first: a search takes long

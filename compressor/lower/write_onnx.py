@@ -25,7 +25,9 @@ from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
 from compressor.lower.gguf import writer
 from compressor.lower.onnx_operators import decompose_nodes
+from compressor.lower.onnx_recurrence import TRANSLATIONS
 from compressor.models.base import first_line
+from compressor.models.text.recurrence import OPERATOR
 from passes.base import apply
 from passes.image_tokens.image_tokens import stage_of_state
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
@@ -77,6 +79,11 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
 
 def _to_program(graph: Graph, model: Model, path: Path) -> Path:
     """Write an ExportedProgram with its dynamic axes, and the names of its inputs and outputs."""
+    if any(node.target == OPERATOR for node in graph.nodes()):
+        raise LowerError(
+            f"{model.name} has layers that read one token after another, which only ONNX files hold as a loop; choose "
+            "another --target, such as onnxruntime or openvino."
+        )
     example = tuple(model.example[name] for name in graph.inputs)
     automatic = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
@@ -135,6 +142,7 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
         output_names=list(graph.outputs),
         verbose=False,
         optimize=False,  # weights that stay on disk are replaced first
+        custom_translation_table=TRANSLATIONS,
     )
     assert program is not None
     return program

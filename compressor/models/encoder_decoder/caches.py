@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from compressor.models.base import first_line
+from compressor.models.encoder_decoder.causal_mask import mask_later_tokens, reads_ahead
 from compressor.models.text.kv_cache import (
     CACHE_NAMES,
     PAST_TOKENS,
@@ -179,6 +180,7 @@ def detect_caches(
     Raises:
         NoCacheError: the module does not return or does not accept a cache with both parts; the message is the reason.
     """
+    mask_later_tokens(module)
     rows = len(next(iter(encoder_feeds.values())))
     feeds = {**encoder_feeds, DECODER_IDS: torch.zeros(rows, TOKENS, dtype=torch.int64)}
     with torch.inference_mode():
@@ -203,5 +205,13 @@ def detect_caches(
                 reasons.append(first_line(error))
                 continue
             if all(outputs[name].shape[2] == PAST_TOKENS + TOKENS for name in found.pasts):
+                _check_causal(found, module, feeds)
                 return found
     raise NoCacheError(f"it returns a cache but does not accept one{f' ({reasons[0]})' if reasons else ''}")
+
+
+def _check_causal(found: EncoderDecoder, module: Any, feeds: Mapping[str, torch.Tensor]) -> None:
+    """Raise `NoCacheError` if the decoder predicts a token from those behind it."""
+    example = found.example(feeds)
+    if reads_ahead(lambda ids: found.call(module, *{**example, DECODER_IDS: ids}.values())[0], feeds[DECODER_IDS]):
+        raise NoCacheError("with a cache, its decoder reads the tokens behind the one that it predicts")

@@ -13,6 +13,7 @@ import torch
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.models.base import ModelError, first_line
+from compressor.models.text.probe import without_cache
 
 OUTPUTS = {
     "image-classification": ("logits",),
@@ -79,7 +80,7 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         return signature
     try:
         with torch.no_grad():
-            name, _ = _own_output(module(**values))
+            name, _ = _own_output(module(**values, **without_cache(module)))
     except Exception as error:  # modules raise errors of all kinds
         raise ModelError(
             f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
@@ -111,7 +112,7 @@ def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
 
 
 def _features(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    return (_own_output(module(**dict(zip(inputs, tensors, strict=True))))[1],)
+    return (_own_output(module(**dict(zip(inputs, tensors, strict=True)), **without_cache(module)))[1],)
 
 
 def _head_outputs(

@@ -28,7 +28,7 @@ from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
-from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
+from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text, without_cache
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 EXAMPLE_TOKENS = 16
@@ -132,7 +132,7 @@ def text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
     """
     offered = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
     inputs = text()
-    ids = {"input_ids": inputs["input_ids"]}
+    ids = {"input_ids": inputs["input_ids"], **without_cache(module)}
     type_ids = torch.zeros_like(inputs["input_ids"])
     try:
         with calling(module):

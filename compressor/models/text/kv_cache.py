@@ -353,8 +353,8 @@ def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
     """Return the state of a layer with one convolution and nothing else."""
     if any(state is not None for state in layer.recurrent_states.values()):
         raise NoCacheError(
-            f"layer {number} of its cache keeps a recurrent state, which a graph for any number of tokens would "
-            "compute in a loop over them"
+            f"layer {number} of its cache keeps a recurrent state; expected keys and values, or the inputs of one "
+            "convolution"
         )
     states: list[torch.Tensor | None] = list(layer.conv_states.values())
     if len(states) != 1 or states[0] is None:

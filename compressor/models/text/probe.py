@@ -7,6 +7,7 @@ transformers 5.24), wrappers hide it, and ``**kwargs`` accepts any name and may 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,15 @@ def calling(module: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def accepts(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> bool:
+def without_cache(module: Any) -> dict[str, bool]:
+    """Return the argument with which a module makes no cache; empty if its signature has none.
+
+    Caches of layers that are all recurrent fail where a model asks them for their length.
+    """
+    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+
+
+def accepts(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:
     """Return whether a module can be called with an input of this name.
 
     Args:
@@ -54,7 +63,7 @@ def accepts(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: t
     return True
 
 
-def computes_with(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> bool:
+def computes_with(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:
     """Return whether a module uses an input of this name.
 
     A module that uses it accepts one value per token and fails with one value less. A module that accepts and ignores

@@ -70,3 +70,22 @@ def test_a_decomposition_must_consist_of_operators_that_are_kept(kept):
     assert decompose_nodes(program, allowed.__contains__, {}) is kept
     assert (aten.view.default in targets(program)) is kept
     assert (aten.flatten.using_ints in targets(program)) is not kept
+
+
+class Made(torch.nn.Module):
+    """Makes a tensor of a size alone, and subtracts integers from a number, as XLNet does."""
+
+    def forward(self, x):
+        return (1.0 - (x > 0).long()) * torch.eye(x.shape[0])
+
+
+def test_operators_of_a_size_alone_and_of_a_number_first_are_decomposed():
+    program = program_of(Made(), torch.randn(3, 1))
+    table = torch.export.default_decompositions().materialize()
+    assert {aten.eye.default, aten.rsub.Scalar} <= targets(program)
+    assert decompose_nodes(program, lambda target: target not in (aten.eye.default, aten.rsub.Scalar), table)
+    assert not {aten.eye.default, aten.rsub.Scalar} & targets(program)
+    assert not [node for node in program.graph.nodes if node.op == "call_function" and isinstance(node.args[0], float)]
+    for rows in (3, 5):
+        x = torch.randn(rows, 1)
+        torch.testing.assert_close(program.module()(x), Made()(x), rtol=0, atol=0)

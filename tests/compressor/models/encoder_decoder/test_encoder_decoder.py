@@ -14,6 +14,8 @@ from compressor.errors import CompressorError, SettingsError
 from compressor.internals.transformers import quiet
 from compressor.lower.trace import trace
 from compressor.models import ModelError
+from compressor.models.encoder_decoder.caches import detect_caches
+from compressor.models.text.kv_cache import NoCacheError
 from compressor.quality.evaluate import evaluate, graph_runner
 from compressor.quality.heads.registry import head_for
 from passes.analysis.redundancy import Score, output_mask
@@ -96,6 +98,41 @@ def test_effects_on_the_output_and_healing(heal, shared, tmp_path):
     ).to_dict()  # fmt: skip
     assert report["healed"]["method"] == heal
     assert report["healed"]["after"]["divergence"] <= report["healed"]["before"]["divergence"]
+
+
+@pytest.mark.parametrize("kind", ["bart", "fsmt"])  # FSMT masks later tokens only without a cache
+def test_several_target_tokens_are_predicted_as_transformers_predicts_them_without_a_cache(kind, shared):
+    model = loaded(kind, shared)
+    feeds = dict(model.example)
+    past = torch.randint(3, 48, (2, 5), generator=torch.Generator().manual_seed(2))
+    values = {name: feeds[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        expected = build(kind)(
+            **values, decoder_input_ids=torch.cat([past, feeds["decoder_input_ids"]], 1), use_cache=False
+        ).logits
+        empty = {name: value[:, :, :0] for name, value in feeds.items() if name.startswith("past")}
+        first = run(traced(kind, shared), feeds | {"decoder_input_ids": past} | empty)
+        presents = dict(zip(model.outputs, first, strict=True))
+        caches = {given: presents[name] for name, given in model.state.items() if given in feeds}
+        found = run(traced(kind, shared), feeds | caches)[0]
+    torch.testing.assert_close(first[0], expected[:, :5], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected[:, 5:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_decoder_that_reads_later_tokens_is_refused(tmp_path):
+    """A mask of later tokens that a decoder ignores with a cache cannot be given to it."""
+    module = build("bart")
+    decoder = module.get_decoder()
+    forward = decoder.forward
+
+    def ahead(**kwargs):
+        output = forward(**kwargs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    decoder.forward = ahead
+    with pytest.raises(NoCacheError, match="its decoder reads the tokens behind the one that it predicts"):
+        detect_caches(module, {name: torch.from_numpy(value) for name, value in source("bart", 4).items()}, {})
 
 
 def test_a_study_is_refused(shared):

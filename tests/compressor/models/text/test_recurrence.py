@@ -1,0 +1,134 @@
+"""Recurrences as one operator: each is held to the function of transformers that it stands for, and to its module."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from compressor import models
+from compressor.internals.transformers import quiet
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import LowerError, lower
+from compressor.models.text.recurrence import OPERATOR, as_operators
+
+ROWS, TOKENS = 2, 9
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # transformers sums over blocks of tokens
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + len(shape) + sum(shape)))
+
+
+def mamba():
+    scan = {"hidden_states": draw(ROWS, 6, TOKENS), "dt": draw(ROWS, 6, TOKENS, seed=1), "A": -draw(6, 4).exp()}
+    scan |= {
+        "B": draw(ROWS, 4, TOKENS),
+        "C": draw(ROWS, 4, TOKENS, seed=2),
+        "D": draw(6),
+        "z": draw(ROWS, 6, TOKENS, seed=3),
+    }
+    return scan | {"delta_bias": draw(6, seed=4), "delta_softplus": True, "return_last_state": True}
+
+
+def mamba2():
+    scan = {
+        "hidden_states": draw(ROWS, TOKENS, 4, 8),
+        "dt": draw(ROWS, TOKENS, 4),
+        "A": -draw(4).exp(),
+        "chunk_size": 4,
+    }
+    scan |= {"B": draw(ROWS, TOKENS, 2, 5), "C": draw(ROWS, TOKENS, 2, 5, seed=1), "D": draw(4, seed=2)}
+    scan |= {"initial_states": draw(ROWS, 4, 8, 5), "return_final_states": True, "dt_limit": (0.01, 1.5)}
+    return scan | {"dt_bias": draw(4, seed=5), "dt_softplus": True}
+
+
+def delta_rule():
+    rule = {
+        "query": draw(ROWS, TOKENS, 2, 5),
+        "key": draw(ROWS, TOKENS, 2, 5, seed=1),
+        "value": draw(ROWS, TOKENS, 4, 3),
+    }
+    rule |= {"g": -draw(ROWS, TOKENS, 4).exp(), "beta": draw(ROWS, TOKENS, 4, seed=1).sigmoid(), "chunk_size": 4}
+    return rule | {"initial_state": draw(ROWS, 4, 5, 3), "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+
+
+def kimi():
+    rule = {name: draw(ROWS, TOKENS, 3, 5, seed=seed) for seed, name in enumerate(("query", "key", "value"))}
+    rule |= {"g": -draw(ROWS, TOKENS, 3, 5, seed=4).exp(), "beta": draw(ROWS, TOKENS, 3).sigmoid(), "chunk_size": 4}
+    return rule | {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "arguments", "kind"),
+    [
+        (modeling_mamba, "mamba_selective_scan", mamba, "MambaMixer"),
+        (modeling_mamba2, "mamba2_chunk_scan", mamba2, "Mamba2Mixer"),
+        (modeling_qwen3_next, "torch_chunk_gated_delta_rule", delta_rule, "Qwen3NextGatedDeltaNet"),
+        (modeling_kimi_linear, "chunk_kimi_delta_attention", kimi, "KimiLinearDeltaAttention"),
+    ],
+)
+def test_a_recurrence_computes_what_the_function_of_transformers_does(file, name, arguments, kind):
+    own = getattr(file, name)
+    part = getattr(file, kind)
+    module = part.__new__(part)
+    torch.nn.Module.__init__(module)
+    with as_operators(module):
+        replaced = getattr(file, name)
+        assert replaced is not own
+        found = replaced(**arguments())
+    assert getattr(file, name) is own
+    expected = own(**arguments())
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, **CLOSE)
+
+
+def test_the_operator_agrees_with_its_shapes_and_itself():
+    state = draw(ROWS, 4, 5, 3)
+    values = (draw(ROWS, TOKENS, 1, 5), draw(ROWS, TOKENS, 4, 5), draw(ROWS, TOKENS, 4, 3), draw(ROWS, TOKENS, 4, 1))
+    for rate in (None, draw(ROWS, TOKENS, 4, 1, seed=1)):
+        torch.library.opcheck(OPERATOR, (*values, rate, state), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Qwen3-Next of a recurrent layer and one of attention."""
+    path = tmp_path_factory.mktemp("recurrent")
+    torch.manual_seed(0)
+    config = transformers.Qwen3NextConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
+        linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=0,
+        mlp_only_layers=[0, 1],
+    )  # fmt: skip
+    with quiet():
+        transformers.Qwen3NextForCausalLM(config).eval().save_pretrained(path)
+    return path
+
+
+def test_a_file_has_a_loop_over_any_number_of_tokens(folder, tmp_path):
+    model = models.load(str(folder), cache=False)
+    graph = trace(model)
+    assert [node.target for node in graph.nodes()].count(OPERATOR) == 1
+    path = lower(fold_graph(graph), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for rows, tokens in ((1, 5), (3, 70)):  # more than a block of transformers, which has 64
+        ids = torch.randint(0, 48, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
+        feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        feeds["attention_mask"][-1, -2:] = 0
+        kept = feeds["attention_mask"].bool()
+        with torch.inference_mode():
+            expected = model.module(**feeds, use_cache=False).logits[kept].numpy()
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in feeds.items()})
+        np.testing.assert_allclose(found[kept.numpy()], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_program_of_torch_is_refused(folder, tmp_path):
+    model = models.load(str(folder), cache=False)
+    with pytest.raises(LowerError, match="read one token after another, which only ONNX files hold as a loop"):
+        lower(trace(model), model, tmp_path / "model.pt2")
