@@ -7,7 +7,8 @@ from typing import Any
 
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
-    "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
+    "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
+    "projection_hidden_size projector_hidden_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
     "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",
@@ -64,6 +65,8 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["image_token_index"] = 3
     if "image_grid_pinpoints" in values:
         fields["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
+    if values.get("deepstack_visual_indexes"):
+        fields["deepstack_visual_indexes"] = [0, 1]
     if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions
         fields["attention_types"] = [[["global", "local"], 1]]
     for name in getattr(config_class, "sub_configs", None) or {}:
@@ -74,7 +77,20 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
             fields[name] = {"model_type": part.model_type} | small_fields(type(part), part)
             if name == "decoder" and "EncoderDecoder" in config_class.__name__:  # joined from two models
                 fields[name] |= {"is_decoder": True, "add_cross_attention": True}
+    _fit_parts(values, fields)
     return fields
+
+
+def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Keep the width of images the same, or the same multiple, where a vision encoder hands it on."""
+    vision, text = (fields.get(name, {}) for name in ("vision_config", "text_config"))
+    wide = [(values.get(name) or {}).get("hidden_size") for name in ("vision_config", "text_config")]
+    if None in wide or "hidden_size" not in vision or "hidden_size" not in text:
+        return
+    if values["vision_config"].get("out_hidden_size") == wide[1]:
+        vision["out_hidden_size"] = text["hidden_size"]
+    if values.get("out_hidden_size", 1) % wide[0] == 0:
+        fields["out_hidden_size"] = values["out_hidden_size"] // wide[0] * vision["hidden_size"]
 
 
 def _reduced(item: tuple[str, Any]) -> tuple[str, Any]:

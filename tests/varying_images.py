@@ -1,6 +1,7 @@
 """Small vision-language models whose images vary in size, their processors, and their greedy generation."""
 
 import functools
+import inspect
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tests.vision_language_models import build_from
 
 PATCH = 4
 START, END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
-GRIDS = ("qwen2_vl", "qwen2_5_vl")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "hyperclovax")
 KINDS = (*GRIDS, "llava_next")
 IMAGE = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, "<|image_pad|>")
 LEAD = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
@@ -27,6 +28,9 @@ INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "input_ids", "attenti
 DROPPED = {
     "qwen2_vl": ("model.visual.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "qwen2_5_vl": ("model.visual.blocks.1.attn", "model.language_model.layers.1.self_attn"),
+    "qwen3_vl": ("model.visual.blocks.0.attn", "model.language_model.layers.1.self_attn"),
+    "glm4v": ("model.visual.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
+    "hyperclovax": ("model.vision_model.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "llava_next": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
 }
 _TEXT = {
@@ -53,6 +57,25 @@ def config(kind):
         }  # fmt: skip
         return transformers.Qwen2_5_VLConfig(
             text_config=_TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens
+        )
+    if kind == "qwen3_vl":
+        vision = {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 4,
+            "patch_size": PATCH, "num_position_embeddings": 16, "deepstack_visual_indexes": [1, 0],
+        }  # fmt: skip
+        language = _TEXT | {"rope_parameters": rope, "head_dim": 8}
+        return transformers.Qwen3VLConfig(text_config=language, vision_config=vision, **tokens)
+    if kind == "glm4v":
+        vision = {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 4,
+            "patch_size": PATCH, "image_size": 4 * PATCH,
+        }  # fmt: skip
+        rope = rope | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1]}
+        return transformers.Glm4vConfig(text_config=_TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens)
+    if kind == "hyperclovax":
+        vision = config("qwen2_5_vl").vision_config
+        return transformers.HyperCLOVAXVisionV2Config(
+            text_config=transformers.HyperCLOVAXConfig(**_TEXT), vision_config=vision, **tokens
         )
     if kind == "llava_next":
         vision = {
@@ -127,7 +150,8 @@ def rows(kind, found):
 
 def generated(module, found, new):
     """Greedy tokens of transformers, so many whatever they are, with its own cache."""
-    tensors = {name: torch.as_tensor(value) for name, value in found.items()}
+    taken = inspect.signature(module.forward).parameters
+    tensors = {name: torch.as_tensor(value) for name, value in found.items() if name in taken}
     with quiet(), torch.inference_mode():
         made = module.generate(
             **tensors, do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=None, pad_token_id=1

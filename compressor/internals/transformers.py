@@ -9,16 +9,17 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
-from unittest import mock
 
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.vision_utils import _interpolation_axis_taps_weights as interpolation_taps
 
 Value = TypeVar("Value")
 
@@ -30,11 +31,13 @@ __all__ = [
     "as_checkpoints_name_them",
     "as_modules_name_them",
     "cached",
+    "files_of",
+    "interpolation_taps",
     "keep_stages",
     "made_by",
     "quiet",
-    "replaced_functions",
     "shards",
+    "with_names",
     "with_random_weights",
     "without_bar",
 ]
@@ -164,22 +167,27 @@ def keep_stages(config: Any, count: int, kept: int) -> None:
         config.out_features = config.stage_names[-1:]  # also sets out_indices
 
 
+def files_of(module: Any) -> set[ModuleType]:
+    """Return the files of transformers that hold the classes of a module and of its parts."""
+    files = {sys.modules[type(part).__module__] for part in module.modules()}
+    return {file for file in files if file.__name__.startswith("transformers.")}
+
+
 @contextlib.contextmanager
-def replaced_functions(module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Replace functions of the files that define the classes of a module and of its parts, by their names.
+def with_names(module: Any, names: Mapping[str, Any]) -> Iterator[None]:
+    """Replace names in the files of transformers that hold the classes of a module and of its parts.
 
-    They are not documented. A file that has no function of a name stays as it is.
-
-    Args:
-        module: a model.
-        functions: the function that stands for each name, with its arguments.
+    Names that a file does not have stay unknown there. Without them, its classes call functions that a trace cannot
+    follow.
     """
-    files = {sys.modules[type(each).__module__] for each in module.modules()}
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            for name in functions.keys() & vars(file).keys():
-                stack.enter_context(mock.patch.object(file, name, functions[name]))
+    before = [(file, name, vars(file)[name]) for file in files_of(module) for name in names if name in vars(file)]
+    for file, name, _ in before:
+        setattr(file, name, names[name])
+    try:
         yield
+    finally:
+        for file, name, value in before:
+            setattr(file, name, value)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from compressor.models.base import Model, ModelError, load_error_reason, no_lang
 from compressor.models.config_shapes import CLIPS, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
-from compressor.models.pretrained import image, sound, text, two_towers, video
+from compressor.models.pretrained import image, patches, sound, text, two_towers, video
 from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
@@ -268,6 +268,8 @@ def wrap(loaded: Loaded) -> Model:
         return two_towers.wrap(loaded)
     if loaded.task == vision_language.TASK:
         return pretrained_vision_language.wrap(loaded)
+    if patches.grid_argument(loaded.module) is not None:
+        return patches.wrap(loaded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):

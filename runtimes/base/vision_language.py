@@ -4,7 +4,7 @@ The vision encoder runs once for an image, and its features stand in the places 
 the tokens. The first call of the decoder reads them all, with an empty cache; every later call reads one more token.
 
 In models with grids of patches, such as Qwen2-VL, the vision encoder takes the patches of all images behind each other,
-and the decoder takes positions ``[3, rows, tokens]``. The engine takes a row for each image, as the graph of the whole
+and most decoders take positions ``[3, rows, tokens]``. The engine takes a row for each image, as the graph of the whole
 model does: patches ``[rows, patches, values]``, padded behind, and positions ``[rows, tokens, 3]``.
 """
 
@@ -127,7 +127,8 @@ class VisionLanguageEngine:
 
     Attributes:
         image_token: token id of the placeholders.
-        merge: side of the square of patches that an image token stands for; None for images of one size.
+        merge: side of the square of patches that an image token stands for; None for images in other forms.
+        has_axes: the decoder takes positions on three axes.
     """
 
     def __init__(
@@ -135,6 +136,8 @@ class VisionLanguageEngine:
     ) -> None:
         self._vision, self._embed, self._decoder, self.image_token = vision, embed, decoder, image_token
         self.merge = merge
+        positions = decoder.input_shapes[POSITIONS] if POSITIONS in decoder.inputs else None
+        self.has_axes = positions is not None and len(positions) == AXES
         others = tuple(name for name in decoder.inputs if name not in (EMBEDS, IDS))
         self._images = {GRID if name == SHORT_GRID else name: name for name in vision.inputs}
         self.inputs: tuple[str, ...] = (*self._images, IDS, *others)
@@ -147,13 +150,12 @@ class VisionLanguageEngine:
         owner = self._vision if name in self._images else self._embed if name == IDS else self._decoder
         return getattr(owner, fact)[self._images.get(name, name)]
 
-    @staticmethod
-    def _row_shapes(shapes: Shapes) -> Shapes:
+    def _row_shapes(self, shapes: Shapes) -> Shapes:
         """Return the shapes of patches and positions with an axis of rows in front."""
         own: dict[str, tuple[int | None, ...] | None] = {}
         if (patches := shapes.get(PIXELS)) is not None:
             own[PIXELS] = (None, *patches)
-        if POSITIONS in shapes:
+        if self.has_axes:
             own[POSITIONS] = (None, None, AXES)
         return own
 
@@ -216,7 +218,7 @@ class VisionLanguageEngine:
 
     def _of_decoder(self, feeds: Feeds, embedded: Array) -> dict[str, Array]:
         own = {name: embedded if name == EMBEDS else feeds[name] for name in self._decoder.inputs}
-        if self.merge is not None and POSITIONS in own:
+        if self.has_axes:
             own[POSITIONS] = np.ascontiguousarray(own[POSITIONS].transpose(2, 0, 1))
         return own
 
@@ -286,7 +288,7 @@ def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_posit
     }
     positions = np.zeros(0, np.int64)
     for _ in range(new):
-        if engine.merge is None:
+        if engine.merge is None or not engine.has_axes:
             positions = (mask.cumsum(1) - 1).clip(min=0)[:, -feeds[IDS].shape[1] :] + first_position
         elif len(positions):
             positions = next_positions(positions)

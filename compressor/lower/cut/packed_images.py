@@ -56,7 +56,7 @@ def pack_images(model: ir.Model, merge: int, grid: str) -> None:
     pixels, grids = inputs[PIXELS], inputs[GRID]
     first = graph[0]
     assert pixels.shape is not None
-    packed = ir.Value(name=PIXELS, shape=ir.Shape(["patches", pixels.shape[2]]), type=pixels.type)
+    packed = ir.Value(name=PIXELS, shape=ir.Shape(["patches", *pixels.shape[2:]]), type=pixels.type)
     pixels.name, grids.name, grids.shape = f"rows of {PIXELS}", grid, ir.Shape(["images", AXES])
     graph.inputs[graph.inputs.index(pixels)] = packed
     ir.convenience.replace_all_uses_with(pixels, _rows(_Nodes(graph, first), packed, grids))
@@ -93,7 +93,7 @@ def _flat(nodes: _Nodes, features: ir.Value, packed: ir.Value, grids: ir.Value, 
 
 
 def put_axes_first(model: ir.Model) -> None:
-    """Let a decoder read positions as ``[3, rows, tokens]``, if it reads them.
+    """Let a decoder read positions as ``[3, rows, tokens]``, if it reads positions on three axes.
 
     A decoder whose first step is to put the axes first reads the new input instead of that step's result: two steps
     that cancel out would leave the input with a second name in OpenVINO.
@@ -101,6 +101,8 @@ def put_axes_first(model: ir.Model) -> None:
     graph = model.graph
     for value in [each for each in graph.inputs if each.name == POSITIONS]:
         assert value.shape is not None
+        if len(value.shape) < AXES:
+            continue
         first = ir.Value(name=POSITIONS, shape=ir.Shape([AXES, *value.shape[:2]]), type=value.type)
         value.name = f"rows of {POSITIONS}"
         graph.inputs[graph.inputs.index(value)] = first

@@ -13,10 +13,10 @@ from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import processor_of, save_vision_language
 from compressor.models.pretrained.text import max_length
 from compressor.models.text.padding import causal_padding
-from compressor.models.vision_language.call import VisionLanguage
-from compressor.models.vision_language.images import OneSize
+from compressor.models.vision_language.images import Images, OneSize
+from compressor.models.vision_language.padded_grids import has_windows
 from compressor.models.vision_language.parts import Parts, parts_of
-from compressor.models.vision_language.patch_grids import PatchGrids, window_sizes
+from compressor.models.vision_language.patch_grids import PatchGrids
 from compressor.models.vision_language.processor import lead_of, prepare
 from runtimes.base.vision_language import grid_input
 
@@ -55,7 +55,7 @@ def wrap(loaded: Loaded) -> Model:
             longest=max_length(module, tokenizer, {}),
             image_token=parts.call.image_token,
             image_tokens=parts.call.images.tokens,
-            grid=_grid(parts.call, module),
+            grid=_grid(parts.call.images, module),
             bidirectional=parts.call.bidirectional,
         ),
         save=partial(save_vision_language, module, processor),
@@ -65,9 +65,9 @@ def wrap(loaded: Loaded) -> Model:
     )
 
 
-def _grid(call: VisionLanguage, module: Any) -> GridInput | None:
+def _grid(images: Images, module: Any) -> GridInput | None:
     """Return how the vision encoder takes grids of patches."""
-    return None if call.merge is None else GridInput(call.merge, grid_input(module.config.model_type))
+    return GridInput(images.merge, grid_input(module.config.model_type)) if isinstance(images, PatchGrids) else None
 
 
 def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
@@ -76,7 +76,7 @@ def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
     if not isinstance(images, OneSize):
         count = parts.image_tokens
         yield Limitation("size of the timed image", f"images vary in size, and one of {count} image tokens is timed")
-    if isinstance(images, PatchGrids) and any(window_sizes(module.model.visual)):
+    if isinstance(images, PatchGrids) and has_windows(module):
         yield Limitation(
             "windows of the vision tower",
             "computed by masks, so a block with windows takes the time of one whose patches all attend to each other",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from compressor.internals.transformers import replaced_functions
+from compressor.internals.transformers import with_names
 
 Tensor = torch.Tensor
 
@@ -67,7 +67,7 @@ OPERATOR = torch.ops.compressor.recurrence.default
 
 def as_operators(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
     """Replace the recurrences that the classes of a module call, for as long as it is traced."""
-    return replaced_functions(
+    return with_names(
         module,
         {
             "mamba_selective_scan": _selective_scan,

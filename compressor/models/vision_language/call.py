@@ -8,7 +8,8 @@ which features stand in the places of placeholders.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,8 @@ class VisionLanguage:
         is_image = ids == self.image_token
         table = module.get_input_embeddings()
         known = ids if self.image_token < table.weight.shape[0] else torch.where(is_image, 0, ids)
-        text = table(known)
+        width = table.weight.shape[1]
+        text = torch.nn.functional.pad(table(known), (0, features.shape[-1] - width))
         merged = merge(features, text, is_image)
 
         def language(**arguments: Any) -> Any:
@@ -110,7 +112,9 @@ class VisionLanguage:
                 arguments[MASK] = masks_within_images(is_image, arguments[MASK], module.config.get_text_config())
             if self.merge is not None:
                 arguments[POSITIONS] = arguments[POSITIONS].permute(2, 0, 1)
-            return language_of(module)(inputs_embeds=merged, **arguments)
+            embeds, *stacked = [merged] if merged.shape[-1] == width else torch.split(merged, width, -1)
+            with added_behind_blocks(module, stacked):
+                return language_of(module)(inputs_embeds=embeds, **arguments)
 
         return (*self.causal.call(language, ids, *rest), features, text, merged)
 
@@ -121,6 +125,17 @@ def language_of(module: Any) -> Any:
     BLIP-2's own forward always reads pixels.
     """
     return module.language_model if getattr(module.config, "use_decoder_only_language_model", False) else module
+
+
+@contextlib.contextmanager
+def added_behind_blocks(module: Any, stacked: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Add a value to the output of each of the first blocks of a language model, as Qwen3-VL does at image tokens."""
+    blocks = module.get_decoder().layers if stacked else ()
+    with contextlib.ExitStack() as stack:
+        for block, each in zip(blocks, stacked, strict=False):
+            hook = block.register_forward_hook(lambda _, inputs, output, each=each: output + each)
+            stack.callback(hook.remove)
+        yield
 
 
 def masks_within_images(is_image: torch.Tensor, mask: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:

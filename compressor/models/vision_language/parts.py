@@ -84,7 +84,7 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     counts = [images.tokens({name: value[row] for name, value in pictures.items()}) for row in range(ROWS)]
     example = pictures | _tokens(module, image_token, counts)
     types = _token_types(module, images, example, image_token)
-    merge = images.merge if isinstance(images, PatchGrids) else None
+    merge = images.merge if isinstance(images, PatchGrids) and _places_in_grids(module) else None
     call = VisionLanguage(
         images,
         causal,
@@ -122,6 +122,11 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
         raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
     height, width = (size, size) if isinstance(size, int) else size
     return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
+
+
+def _places_in_grids(module: Any) -> bool:
+    """Return whether image tokens have positions on three axes, frames, rows and columns, as in Qwen2-VL."""
+    return any(hasattr(part, "get_rope_index") for part in (module, getattr(module, "model", None)))
 
 
 def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, torch.Tensor]:

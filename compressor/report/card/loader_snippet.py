@@ -15,7 +15,18 @@ from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
 from runtimes.base.encoder_decoder import DECODER_IDS, PAST
-from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, PIXELS, READS_IDS, SIZES, grid_input, read_facts
+from runtimes.base.grid_positions import AXES
+from runtimes.base.vision_language import (
+    FACTS,
+    IMAGE_TOKEN,
+    MERGE,
+    PIXELS,
+    POSITIONS,
+    READS_IDS,
+    SIZES,
+    grid_input,
+    read_facts,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -227,6 +238,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         arrays=arrays,
         enclosing=enclosing if len(enclosing) == len(ENCLOSING) else [],
         merge=facts.get(MERGE),
+        axes=timed.get(POSITIONS, ())[2:] == [AXES],
         patches=arrays[PIXELS][0],
         grid_input=grid_input(config.get("model_type", "")),
         indices=indices,

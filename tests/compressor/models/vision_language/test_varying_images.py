@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor import models
+from compressor.models.vision_language.padded_grids import Places
 from compressor.models.vision_language.parts import parts_of
-from compressor.models.vision_language.patch_grids import Places
 from runtimes.base.grid_positions import grid_positions, next_positions
 from tests.varying_images import GRIDS, KINDS, TOKEN, build, inputs, picture, rows, saved, text
 
@@ -34,7 +34,9 @@ def test_features_are_those_of_transformers_for_any_size_and_next_to_a_larger_im
         found = inputs(kind, 2, size)
         tensors = {name: torch.as_tensor(found[name]) for name in names}
         with torch.inference_mode():
-            (expected,) = module.get_image_features(**tensors, return_dict=True).pooler_output
+            own = module.get_image_features(**tensors, return_dict=True)
+            parts = (own.pooler_output, *(getattr(own, "deepstack_features", None) or ()))
+            expected = torch.cat([part for (part,) in parts], -1)
             row = {name: torch.as_tensor(rows(kind, found)[name]) for name in names}
             alone = images.features(module, *row.values())
             both = images.features(module, *[padded(row[name], torch.as_tensor(large[name])) for name in names])
@@ -77,7 +79,7 @@ def test_positions_are_those_of_transformers(rows_of):
 def test_windows_and_frames_are_told_apart():
     """Patches of a frame of 4 x 6 in squares of 2 x 2, of which two frames; windows of 4 x 4."""
     places = Places.of(torch.tensor([[2, 4, 6]]), 50, 2)
-    full, windows = places.mask(None)[0, 0], places.mask(4)[0, 0]
+    full, windows = places.mask(places.frame)[0, 0], places.mask(places.windows(4))[0, 0]
     pairs = itertools.product(range(50), repeat=2)
     frame, row, column = (each[0].tolist() for each in (places.frame, places.row, places.column))
     for left, right in pairs:
@@ -91,7 +93,8 @@ def test_windows_and_frames_are_told_apart():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# transformers opens the tokenizer of HyperCLOVAX by a class of its own, which the test's is not.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hyperclovax"])
 def test_the_processor_gives_the_inputs_and_the_tokens_that_enclose_an_image(kind, tmp_path_factory):
     model = models.load(str(saved(kind, tmp_path_factory.mktemp("varying"))))
     found = inputs(kind, 2, (24, 40))
@@ -112,7 +115,6 @@ def test_what_is_timed_and_what_is_not_taken_is_said(kind, tmp_path_factory):
     stated = {each.feature: each.reason for each in model.limitations}
     tokens = int((model.example["input_ids"][0] == TOKEN).sum())
     assert stated.pop("size of the timed image") == f"images vary in size, and one of {tokens} image tokens is timed"
-    expected = {
-        "qwen2_vl": {"videos"}, "qwen2_5_vl": {"videos", "windows of the vision tower"}, "llava_next": set(),
-    }  # fmt: skip
-    assert set(stated) == expected[kind]
+    windows = {"videos", "windows of the vision tower"}
+    expected = {"qwen2_5_vl": windows, "hyperclovax": windows, "llava_next": set()}
+    assert set(stated) == expected.get(kind, {"videos"})

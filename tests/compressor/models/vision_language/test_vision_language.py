@@ -128,9 +128,21 @@ def without_merger():
     return module
 
 
-def with_another_part():
+def without_size_of_a_patch():
     module = varying_images.build("qwen2_vl")
-    module.model.visual.pos_embed = torch.nn.Embedding(4, 32)
+    module.config.vision_config.patch_size = 0
+    return module
+
+
+def with_loops():
+    module = varying_images.build("qwen2_vl")
+    own = module.get_image_features
+
+    def by_image(pixel_values, image_grid_thw, **kwargs):
+        assert all(high and wide for _, high, wide in image_grid_thw.tolist())
+        return own(pixel_values, image_grid_thw, **kwargs)
+
+    module.get_image_features = by_image
     return module
 
 
@@ -149,11 +161,9 @@ def with_two_sizes():
 
 REFUSED = {
     "no newline": (without_newline, "takes image_sizes beside the pixels, but has no image_newline, as LLaVA-NeXT has"),
-    "no merger": (without_merger, "takes image_grid_thw beside the pixels, but has a vision tower without merger; exp"),
-    "another part": (
-        with_another_part,
-        "takes image_grid_thw beside the pixels, and has a vision tower with pos_embed",
-    ),
+    "no merger": (without_merger, r"takes image_grid_thw beside the pixels, but its vision encoder cannot read images"),
+    "no size": (without_size_of_a_patch, r"takes .* as rows \(its config tells no size of a patch\); expected"),
+    "loops": (with_loops, r"takes .* as rows \(patches of \[96\]: it reads the sizes of images in Python; patches of"),
     "an encoder": (with_encoder, "has a language model with an encoder, whose caches these files do not hold"),
     "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels; expected"),
 }
