@@ -29,7 +29,7 @@ from passes.graph.graph import Graph
 from passes.plan.plan import merged_tokens
 
 ACTIONS = {"knapsack": f"{MAPS},merge", "knapsack without tokens": MAPS}
-BUDGETS = tuple(number / 24 for number in range(1, 13))  # shares of the multiply-adds that are to be saved
+BUDGETS = tuple(number / 12 for number in range(1, 7))  # shares of the multiply-adds that are to be saved
 REFITTED = "search, fitted in order of depth"
 ATTEMPTS = 60  # programs solved for one budget
 STEP = 0.002  # share of the cost by which a saving that was missed is asked for again, beside what is missing

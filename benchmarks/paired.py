@@ -22,7 +22,7 @@ from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph, Site
 
-FITTED = 128
+FITTED = 64
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -754,6 +754,60 @@ def test_the_ablation_runs_on_the_sample():
     assert rows[module.SWAPS]["speedup"] >= rows["+ merged tokens"]["speedup"]
 
 
+# ------------------------------------------------------------------------------------------------- corrections
+
+
+def paired(value, **against):
+    """Return a row of a variant; `against` has the bounds of the difference in divergence by name."""
+    found = {
+        name: {"divergence": {"value": (low + high) / 2, "low": low, "high": high}, "loss": figure(0.0)}
+        for name, (low, high) in against.items()
+    }
+    return {"saved": 0.25, "divergence": {"value": value}, "loss": figure(0.5), "against": found}
+
+
+def test_the_table_of_corrections_marks_what_is_outside_the_interval():
+    rows = {"drop": paired(0.2), "scale": paired(0.1, drop=(-0.2, -0.0)), "map": paired(0.1, drop=(-0.3, -0.1))}
+    rows["map"]["taken"] = ["drop", "scale"]
+    table = script("tables_corrections").corrections_table({"M": {"found": {"2 MLPs": rows}}})
+    assert table.splitlines()[2:] == [
+        "| M, 2 MLPs | drop | 25.0% less | 0.2000 | – | +0.50 (-0.50 to +1.50) |",
+        "| M, 2 MLPs | scale | 25.0% less | 0.1000 | drop -0.1000 (-0.2000 to -0.0000) | +0.50 (-0.50 to +1.50) |",
+        "| M, 2 MLPs | map: drop, scale | 25.0% less | 0.1000 | drop -0.2000 (-0.3000 to -0.1000), better | "
+        "+0.50 (-0.50 to +1.50) |",
+    ]
+
+
+def test_the_table_of_plans_counts_the_better_ones():
+    plan = {"changes": {"a": "drop"}, "search_divergence": 0.01, "validation_loss": 0.5}
+    rows = {
+        "search 1": paired(0.2) | plan | {"method": "search"},
+        "knapsack 1": paired(0.3, **{"search 1": (0.05, 0.15)}) | plan | {"method": "knapsack"},
+    }
+    found = {"rows": rows, "candidates": 7, "seconds": {"effects": 9.6}}
+    table = script("tables_corrections").knapsack_table({"knapsack without tokens": {"M": {"found": found}}})
+    assert table.splitlines()[3:] == [
+        "| M, no tokens merged | knapsack | 1 | 25.0% less | 0.0100, 0.50 % | 0.3000 | "
+        "search +0.1000 (+0.0500 to +0.1500), worse | +0.50 (-0.50 to +1.50) |",
+        "",
+        "- M, no tokens merged: 7 candidates; effects 10 s. knapsack against search: better 0 times, worse 1 times of "
+        "1",
+    ]
+
+
+def test_the_table_of_joined_blocks_has_a_row_for_each_pair():
+    rows = {"drop": paired(0.2), "joined": paired(0.1, drop=(-0.2, -0.1))}
+    table = script("tables_corrections").joined_table({"M": {"found": {"0 and 1": rows, "1 and 2": rows}}})
+    assert table.splitlines() == [
+        "| M: divergence | drop | joined |",
+        "|---|---|---|",
+        "| 0 and 1 | 0.2000 | 0.1000 (less than 1) |",
+        "| 1 and 2 | 0.2000 | 0.1000 (less than 1) |",
+        "",
+        "- M, “joined” against “drop”: less divergence outside the interval at 2, more at 0 of 2 pairs.",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------- abuse
 
 

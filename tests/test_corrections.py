@@ -167,7 +167,7 @@ def test_magnitudes_are_those_of_the_states_of_the_eager_model(bench):
 @pytest.mark.slow
 def test_all_ways_are_measured_on_the_sample(bench, monkeypatch):
     module = script("corrections")
-    found = module.corrections(bench, ((module.MLP, 2),))["2 MLPs"]
+    found = dict(module.corrections(bench, ((module.MLP, 2),)))["2 MLPs"]
     free = {found[name]["saved"] for name in ("drop", "constant", "scale", *module.PUBLISHED)}
     assert len(free) == 1
     assert found["low-rank"]["saved"] == found["shared basis, fitted 3x"]["saved"] < found["drop"]["saved"]
