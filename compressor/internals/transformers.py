@@ -5,6 +5,7 @@ They were checked with transformers 5.24.0. tests/test_internals.py tests each n
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import logging
@@ -168,17 +169,17 @@ def keep_stages(config: Any, count: int, kept: int) -> None:
 def replaced_functions(module: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Replace functions of the files that define the classes of a module and of its parts, by their names.
 
-    They are not documented. A file that has no function of a name stays as it is.
+    They are not documented. A file that has no function of a name stays as it is; built-in functions are in all.
 
     Args:
         module: a model.
         functions: the function that stands for each name, with its arguments.
     """
-    files = {sys.modules[type(each).__module__] for each in module.modules()}
+    files = {sys.modules.get(type(each).__module__) for each in module.modules()} - {None}
     with contextlib.ExitStack() as stack:
         for file in files:
-            for name in functions.keys() & vars(file).keys():
-                stack.enter_context(mock.patch.object(file, name, functions[name]))
+            for name in functions.keys() & {*vars(file), *vars(builtins)}:
+                stack.enter_context(mock.patch.object(file, name, functions[name], create=True))
         yield
 
 
