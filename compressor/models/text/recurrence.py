@@ -44,6 +44,12 @@ def recurrence(
         rate: what a token takes of the old value under its key, [rows, tokens, heads, 1]; None for nothing.
         state: before the first token, [rows, heads, keys, values].
     """
+    return _computed(query, key, value, decay, rate, state)
+
+
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for token in range(value.shape[1]):
         state = state * decay[:, token, ..., None]
@@ -62,6 +68,21 @@ def _(
     return value.new_empty(value.shape), state.new_empty(state.shape)
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the outputs again, as their derivatives are those of the operators they consist of."""
+    inputs = [None if each is None else each.detach().requires_grad_() for each in ctx.saved_tensors]
+    with torch.enable_grad():
+        outputs = _computed(*inputs)  # type: ignore[arg-type]
+    known = [each for each in inputs if each is not None]
+    found = iter(torch.autograd.grad(outputs, known, grads))
+    return tuple(None if each is None else next(found) for each in inputs)
+
+
+recurrence.register_autograd(_gradients, setup_context=_keep)
 OPERATOR = torch.ops.compressor.recurrence.default
 
 

@@ -92,7 +92,10 @@ def test_the_operator_agrees_with_its_shapes_and_itself():
     state = draw(ROWS, 4, 5, 3)
     values = (draw(ROWS, TOKENS, 1, 5), draw(ROWS, TOKENS, 4, 5), draw(ROWS, TOKENS, 4, 3), draw(ROWS, TOKENS, 4, 1))
     for rate in (None, draw(ROWS, TOKENS, 4, 1, seed=1)):
-        torch.library.opcheck(OPERATOR, (*values, rate, state), test_utils=("test_schema", "test_faketensor"))
+        arguments = [None if each is None else each.requires_grad_() for each in (*values, rate)]
+        torch.library.opcheck(OPERATOR, (*arguments, state), test_utils=("test_schema", "test_faketensor"))
+        short = [None if each is None else each[:1, :3].double() for each in arguments]
+        torch.autograd.gradcheck(OPERATOR, (*short, state[:1].double().requires_grad_()))
 
 
 @pytest.fixture(scope="module")
