@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,10 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 Value = TypeVar("Value")
 
+GRIFFIN = "RecurrentGemmaRglru._rnn_scan"  # the recurrence of RecurrentGemma; without it, its loop cannot be traced
+
 __all__ = [
+    "GRIFFIN",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
     "WEIGHTS_INDEX_NAME",
@@ -173,13 +177,15 @@ def replaced_functions(module: Any, functions: Mapping[str, Callable[..., Any]])
 
     Args:
         module: a model.
-        functions: the function that stands for each name, with its arguments.
+        functions: the function that stands for each name, with its arguments. A method is named with its class.
     """
     files = {sys.modules.get(type(each).__module__) for each in module.modules()} - {None}
     with contextlib.ExitStack() as stack:
-        for file in files:
-            for name in functions.keys() & {*vars(file), *vars(builtins)}:
-                stack.enter_context(mock.patch.object(file, name, functions[name], create=True))
+        for file, (name, function) in itertools.product(files, functions.items()):
+            owner, _, attribute = name.rpartition(".")
+            holder = getattr(file, owner, None) if owner else file
+            if holder is not None and (hasattr(holder, attribute) or hasattr(builtins, attribute)):
+                stack.enter_context(mock.patch.object(holder, attribute, function, create=True))
         yield
 
 
