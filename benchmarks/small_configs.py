@@ -8,7 +8,7 @@ from typing import Any
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
-    "projection_hidden_size projector_hidden_size",
+    "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
     "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",
@@ -57,8 +57,12 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
     for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size", "head_dim", "n_routed_experts"):
         if values.get(name, 0) is None:
             fields[name] = SIZES[name]
+    if "max_2d_position_embeddings" in values:  # six coordinates of a box share the width
+        boxes = {"hidden_size": 48, "coordinate_size": 8, "shape_size": 8}
+        fields |= {name: size for name, size in boxes.items() if name in values}
     if "expand" in values and "num_heads" in fields:  # Mamba-2, whose heads divide the expanded width
         fields["head_dim"] = values["expand"] * fields["hidden_size"] // fields["num_heads"]
+        fields["n_groups"] = 2
     if "conv_L_cache" in values and values.get("layer_types", 0) is None:  # LFM2-MoE: checkpoints list them
         fields["layer_types"] = ["conv", "full_attention"]
     if "image_token_index" in values and values["image_token_index"] is None:  # BLIP-2: checkpoints have one

@@ -5,14 +5,17 @@ They were checked with transformers 5.24.0. tests/test_internals.py tests each n
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+from unittest import mock
 
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,7 +26,10 @@ from transformers.vision_utils import _interpolation_axis_taps_weights as interp
 
 Value = TypeVar("Value")
 
+GRIFFIN = "RecurrentGemmaRglru._rnn_scan"  # the recurrence of RecurrentGemma; without it, its loop cannot be traced
+
 __all__ = [
+    "GRIFFIN",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
     "WEIGHTS_INDEX_NAME",
@@ -175,19 +181,22 @@ def files_of(module: Any) -> set[ModuleType]:
 
 @contextlib.contextmanager
 def with_names(module: Any, names: Mapping[str, Any]) -> Iterator[None]:
-    """Replace names in the files of transformers that hold the classes of a module and of its parts.
+    """Replace names in the files that define the classes of a module and of its parts.
 
-    Names that a file does not have stay unknown there. Without them, its classes call functions that a trace cannot
-    follow.
+    They are not documented. A file that does not have a name stays as it is; built-in functions are in all.
+
+    Args:
+        module: a model.
+        names: the value of each name. A method is named with its class.
     """
-    before = [(file, name, vars(file)[name]) for file in files_of(module) for name in names if name in vars(file)]
-    for file, name, _ in before:
-        setattr(file, name, names[name])
-    try:
+    files = {sys.modules.get(type(each).__module__) for each in module.modules()} - {None}
+    with contextlib.ExitStack() as stack:
+        for file, (name, value) in itertools.product(files, names.items()):
+            owner, _, attribute = name.rpartition(".")
+            holder = getattr(file, owner, None) if owner else file
+            if holder is not None and (hasattr(holder, attribute) or hasattr(builtins, attribute)):
+                stack.enter_context(mock.patch.object(holder, attribute, value, create=True))
         yield
-    finally:
-        for file, name, value in before:
-            setattr(file, name, value)
 
 
 @contextlib.contextmanager

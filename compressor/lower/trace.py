@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compressor.errors import CompressorError
+from compressor.internals.transformers import with_names
 from compressor.lower.size_guards import SizeGuard, size_guards
 from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
@@ -70,7 +72,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with suppress_output(), torch.no_grad(), as_operators(model.module):
+        with suppress_output(), torch.no_grad(), as_operators(model.module), _symbolic_lengths(model.module):
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             traced = program
             if any(is_mutable(node.target) for node in program.graph.nodes):
@@ -87,6 +89,15 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     for size in model.sizes:
         _check_size(graph, model, size)
     return graph, guards
+
+
+def _symbolic_lengths(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Have `len` of a tensor return its symbolic size in the files of a module; Python turns it into a number."""
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
+
+    return with_names(module, {"len": length})
 
 
 def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:

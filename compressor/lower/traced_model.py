@@ -168,7 +168,10 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         _check_trained(graph, model)
         sites = find_sites(graph)
         if not sites and settings.drop != "none":
-            raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
+            raise SubjectError(
+                f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop; pass --drop none to "
+                "export it as it is."
+            )
         if stages is not None:
             without_image_tokens(graph, model, settings)  # asked first: a search takes long
             model = with_state(model, [depth for depth, _ in stages.stages])

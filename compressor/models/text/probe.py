@@ -40,11 +40,15 @@ def calling(module: torch.nn.Module) -> Iterator[None]:
 
 
 def without_cache(module: Any) -> dict[str, bool]:
-    """Return the argument with which a module makes no cache; empty if its signature has none.
+    """Return the argument with which a module makes no cache; empty if it makes none.
 
-    Caches of layers that are all recurrent fail where a model asks them for their length.
+    Caches of layers that are all recurrent fail where a model asks them for their length. A model may take the argument
+    by its keywords, and then its config has it.
     """
-    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    taken = inspect.signature(module.forward).parameters
+    keywords = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    made = "use_cache" in taken or (keywords and hasattr(getattr(module, "config", None), "use_cache"))
+    return {"use_cache": False} if made else {}
 
 
 def accepts(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:

@@ -1,16 +1,17 @@
 """Recurrences over the tokens of a text as one operator, ``compressor::recurrence``.
 
-Mamba, Mamba-2, gated delta networks and Kimi's delta attention keep a matrix S for each head, with a row for each
-entry of a key and a column for each entry of a value. Every token changes it,
+Mamba, Mamba-2, RecurrentGemma, gated delta networks and Kimi's delta attention keep a matrix S for each head, with a
+row for each entry of a key and a column for each entry of a value. Every token changes it,
 
     S <- diag(decay) S,    S <- S + key (value - rate (key S)),    output = query S,
 
-where Mamba has no rate (0): its channels are the heads, with one value each. Transformers computes this in a Python
-loop over the tokens, or over blocks of them, which torch.export writes out for one number of tokens. While a model is
-traced, its functions are therefore replaced by those of this module, which call the operator; in ONNX it is a Scan.
+where the first three have no rate (0): Mamba's channels are the heads, with one value each. Transformers computes this
+in a Python loop over the tokens, or over blocks of them, which torch.export writes out for one number of tokens. While
+a model is traced, its functions are therefore replaced by those of this module, which call the operator; in ONNX it is
+a Scan.
 
-Sources: Gu and Dao 2023 (arXiv:2312.00752), Dao and Gu 2024 (arXiv:2405.21060), Yang, Kautz and Hatamizadeh 2024
-(arXiv:2412.06464).
+Sources: Gu and Dao 2023 (arXiv:2312.00752), Dao and Gu 2024 (arXiv:2405.21060), De et al. 2024 (arXiv:2402.19427),
+Yang, Kautz and Hatamizadeh 2024 (arXiv:2412.06464).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from compressor.internals.transformers import with_names
+from compressor.internals.transformers import GRIFFIN, with_names
 
 Tensor = torch.Tensor
 
@@ -44,6 +45,12 @@ def recurrence(
         rate: what a token takes of the old value under its key, [rows, tokens, heads, 1]; None for nothing.
         state: before the first token, [rows, heads, keys, values].
     """
+    return _computed(query, key, value, decay, rate, state)
+
+
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for token in range(value.shape[1]):
         state = state * decay[:, token, ..., None]
@@ -62,6 +69,21 @@ def _(
     return value.new_empty(value.shape), state.new_empty(state.shape)
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the outputs again, as their derivatives are those of the operators they consist of."""
+    inputs = [None if each is None else each.detach().requires_grad_() for each in ctx.saved_tensors]
+    with torch.enable_grad():
+        outputs = _computed(*inputs)  # type: ignore[arg-type]
+    known = [each for each in inputs if each is not None]
+    found = iter(torch.autograd.grad(outputs, known, grads))
+    return tuple(None if each is None else next(found) for each in inputs)
+
+
+recurrence.register_autograd(_gradients, setup_context=_keep)
 OPERATOR = torch.ops.compressor.recurrence.default
 
 
@@ -74,6 +96,7 @@ def as_operators(module: torch.nn.Module) -> contextlib.AbstractContextManager[N
             "mamba2_chunk_scan": _state_space,
             "torch_chunk_gated_delta_rule": _delta_rule,
             "chunk_kimi_delta_attention": _delta_rule,
+            GRIFFIN: _linear_scan,
         },
     )
 
@@ -164,6 +187,22 @@ def _delta_rule(
     state = _zeros(value, key.shape[-1]) if initial_state is None else initial_state
     output, last = recurrence(query * query.shape[-1] ** -0.5, key, value * rate, decay, rate, state)
     return output, last if output_final_state else None
+
+
+def _linear_scan(
+    _: Any,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Compute RecurrentGemma's recurrence: each channel, [rows, tokens, channels], is a head with one key and value."""
+    values, decay = (each[..., None] for each in (hidden_states, recurrent_gate * ~reset))
+    ones = torch.ones_like(values)
+    state = _zeros(values, 1) if recurrent_states is None else recurrent_states[..., None, None]
+    output, last = recurrence(ones, ones, values, decay, None, state)
+    return output[..., 0], last[..., 0, 0]
 
 
 def _zeros(values: Tensor, keys: int) -> Tensor:

@@ -49,6 +49,19 @@ class InPlace(nn.Module):
         return y.mul_(2.0)
 
 
+class Length(nn.Module):
+    """Asks for the batch size by `len`, as RT-DETR does."""
+
+    def forward(self, x):
+        return x + torch.zeros(len(x), len([1, 2, 3, 4]))
+
+
+def test_the_length_of_a_tensor_is_dynamic():
+    graph = trace(load(Length(), 2, 4))
+    x = torch.rand(5, 4)
+    torch.testing.assert_close(run(graph, {"x": x})[0], x)
+
+
 @pytest.mark.parametrize("name", ["vit", "swinv2", "hf_vit", "hf_bert", "hf_llama"])
 def test_the_batch_is_dynamic(name):
     model, graph, _ = traced(name)

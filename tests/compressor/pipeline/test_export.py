@@ -184,6 +184,15 @@ def test_a_model_without_any_site_is_refused(tmp_path: Path, vectors: str) -> No
     refused(tmp_path / "room" / "out", "no residual branch", model=module, example_inputs=inputs, data=vectors)
 
 
+def test_a_model_without_any_site_is_exported_as_it_is(tmp_path: Path, vectors: str) -> None:
+    module, inputs = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.zeros(2, 8)
+    options = {"model": module, "example_inputs": inputs, "data": vectors, "drop": "none", "rounds": 1}
+    report = export.export(Settings(output=tmp_path / "out", **options))
+    assert report.to_dict()["model"]["sites"] == []
+    written = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert [node.op_type for node in written.node] in (["MatMul", "Add"], ["Gemm"])
+
+
 @pytest.mark.parametrize("drop", ["none", "auto", "1"])
 def test_finite_weights_that_overflow_are_refused(tmp_path: Path, vectors: str, drop: str) -> None:
     module = Residual()

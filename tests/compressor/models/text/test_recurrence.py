@@ -9,9 +9,10 @@ from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
+from transformers.models.recurrent_gemma import modeling_recurrent_gemma
 
 from compressor import models
-from compressor.internals.transformers import quiet
+from compressor.internals.transformers import GRIFFIN, quiet
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import LowerError, lower
@@ -88,11 +89,31 @@ def test_a_recurrence_computes_what_the_function_of_transformers_does(file, name
         torch.testing.assert_close(value, wanted, **CLOSE)
 
 
+def test_the_recurrence_of_recurrent_gemma():
+    config = transformers.RecurrentGemmaConfig(lru_width=6, num_attention_heads=2, hidden_size=6)
+    module = modeling_recurrent_gemma.RecurrentGemmaRglru(config)
+    first = torch.arange(TOKENS)[None, :, None].expand(ROWS, -1, 1) == 0
+    values = {"hidden_states": draw(ROWS, TOKENS, 6), "recurrent_gate": draw(ROWS, TOKENS, 6, seed=1).sigmoid()}
+    for state in (None, draw(ROWS, 6)):
+        expected = scan(module, **values, reset=first, recurrent_states=state)
+        with as_operators(module):
+            found = scan(module, **values, reset=first, recurrent_states=state)
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, **CLOSE)
+
+
+def scan(module, **values):
+    return getattr(type(module), GRIFFIN.rpartition(".")[2])(module, **values)
+
+
 def test_the_operator_agrees_with_its_shapes_and_itself():
     state = draw(ROWS, 4, 5, 3)
     values = (draw(ROWS, TOKENS, 1, 5), draw(ROWS, TOKENS, 4, 5), draw(ROWS, TOKENS, 4, 3), draw(ROWS, TOKENS, 4, 1))
     for rate in (None, draw(ROWS, TOKENS, 4, 1, seed=1)):
-        torch.library.opcheck(OPERATOR, (*values, rate, state), test_utils=("test_schema", "test_faketensor"))
+        arguments = [None if each is None else each.requires_grad_() for each in (*values, rate)]
+        torch.library.opcheck(OPERATOR, (*arguments, state), test_utils=("test_schema", "test_faketensor"))
+        short = [None if each is None else each[:1, :3].double() for each in arguments]
+        torch.autograd.gradcheck(OPERATOR, (*short, state[:1].double().requires_grad_()))
 
 
 @pytest.fixture(scope="module")
