@@ -158,6 +158,13 @@ def test_an_encoder_may_need_a_mask_of_truth_values(tmp_path):
     assert model.example["audio_mel_mask"].dtype == torch.bool
 
 
+def test_a_language_model_that_reads_sound_is_refused_by_name(tmp_path):
+    config = transformers.Qwen2AudioConfig(architectures=["Qwen2AudioForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a language model that reads sound beside its text, which is not supported"):
+        models.load(tmp_path, random_weights=True)
+
+
 def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
     """Its config names the architecture of timm too."""
     config = transformers.TimmWrapperConfig(

@@ -33,11 +33,19 @@ def muse():
     )
 
 
+def grouped():
+    return transformers.AutoConfig.for_model(
+        "exaone4_5_vision", patch_size=PATCH, depth=2, hidden_size=32, intermediate_size=48, num_heads=4,
+        num_key_value_heads=2, out_hidden_size=32, window_size=4 * PATCH, fullatt_block_indexes=[1],
+    )  # fmt: skip
+
+
 # Config, output, and the square of patches that a feature stands for.
 ENCODERS = {
     "windows": (lambda: config("qwen2_5_vl").vision_config, "pooler_output", 2),
     "sampled positions": (lambda: config("glm4v").vision_config, "pooler_output", 2),
     "gathered positions": (lambda: config("qwen3_vl").vision_config, "pooler_output", 2),
+    "fewer heads of keys": (grouped, "pooler_output", 2),
     "patches line by line": (muse, "last_hidden_state", 2),
 }
 
