@@ -104,6 +104,8 @@ def _complete(config: Any) -> None:
         for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
             if getattr(config, name, None) is None:
                 setattr(config, name, token)
+    if getattr(config, "token_dropout", False) and config.mask_token_id is None:
+        config.mask_token_id = 3
     if getattr(config, "default_language", "") is None:
         config.default_language = config.languages[0]
 

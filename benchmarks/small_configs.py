@@ -8,7 +8,7 @@ from typing import Any
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
-    "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size",
+    "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size output_channels",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
     "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",
@@ -18,7 +18,7 @@ REDUCED = {
     8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
     "rotary_dim channel_shrink_ratio block_size global_block_size attention_window num_global_tokens",
     7: "local_radius",
-    16: "kv_lora_rank q_lora_rank mamba_d_head",
+    16: "kv_lora_rank q_lora_rank mamba_d_head num_pos_feats",
     64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size",
     128: "max_position_embeddings n_positions",
@@ -69,6 +69,8 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["image_token_index"] = 3
     if "image_grid_pinpoints" in values:
         fields["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
+    if isinstance(values.get("vision_feature_layer"), list):
+        fields["vision_feature_layer"] = [-2, -1]
     if values.get("deepstack_visual_indexes"):
         fields["deepstack_visual_indexes"] = [0, 1]
     if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions

@@ -15,9 +15,9 @@ from tests.vision_language_models import build_from
 PATCH = 4
 START, END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "hyperclovax")
-KINDS = (*GRIDS, "llava_next")
-IMAGE = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, "<|image_pad|>")
-LEAD = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
+KINDS = (*GRIDS, "llava_next", "mistral3")
+IMAGE = {"llava_next": "<image>", "mistral3": "[IMG]"} | dict.fromkeys(GRIDS, "<|image_pad|>")
+LEAD = {"llava_next": "<image>", "mistral3": "[IMG]"} | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
 SIDE = 8  # of a tile
 TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
@@ -32,6 +32,7 @@ DROPPED = {
     "glm4v": ("model.visual.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "hyperclovax": ("model.vision_model.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "llava_next": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
+    "mistral3": ("model.vision_tower.transformer.layers.0.feed_forward", "model.language_model.layers.0.self_attn"),
 }
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -86,6 +87,15 @@ def config(kind):
             vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**_TEXT),
             image_token_id=TOKEN, image_grid_pinpoints=PINPOINTS,
         )  # fmt: skip
+    if kind == "mistral3":
+        vision = {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "patch_size": PATCH, "image_size": 64, "head_dim": 8,
+        }  # fmt: skip
+        return transformers.Mistral3Config(
+            vision_config=transformers.PixtralVisionConfig(**vision), text_config=transformers.MistralConfig(**_TEXT),
+            image_token_index=TOKEN, spatial_merge_size=2,
+        )  # fmt: skip
     raise ValueError(kind)
 
 
@@ -106,6 +116,10 @@ def processor(kind):
             images, words, patch_size=PATCH, num_additional_image_tokens=1, vision_feature_select_strategy="default",
             image_token=IMAGE[kind],
         )  # fmt: skip
+    if kind == "mistral3":
+        words.add_special_tokens({"additional_special_tokens": [IMAGE[kind], "[IMG_BREAK]", "[IMG_END]"]})
+        images = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=PATCH)
+        return transformers.PixtralProcessor(images, words, patch_size=PATCH, spatial_merge_size=2)
     words.add_special_tokens({"additional_special_tokens": [IMAGE[kind], VIDEO, START, END]})
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": PATCH**2, "longest_edge": 10000}, patch_size=PATCH

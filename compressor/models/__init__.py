@@ -214,10 +214,10 @@ def _gguf_in(folder: Path) -> Path | None:
 
 
 def _config_source(config: object, location: str) -> str:
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):  # also of a model of timm in a wrapper
+        return "transformers"
     if isinstance(config, dict) and isinstance(config.get("architecture"), str):
         return "timm"
-    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
-        return "transformers"
     raise ModelError(
         f'config.json of {location} names neither timm\'s "architecture" nor transformers\' "model_type"; '
         "for a custom model, pass package.module:factory."

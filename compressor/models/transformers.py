@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from compressor.internals.transformers import made_by, quiet, with_random_weight
 from compressor.limitations import Limitation
 from compressor.models.audio.inputs import takes_series, takes_sound
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
-from compressor.models.config_shapes import CLIPS, main_input
+from compressor.models.config_shapes import CLIPS, SOUND, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, patches, sound, text, two_towers, video
@@ -193,12 +194,24 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
     features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):
+        if _reads_sound_and_texts(architecture):
+            raise ModelError(
+                f"{location} is a {architecture}, a language model that reads sound beside its text, which is not "
+                "supported; save its language model or its encoder of sound alone, and pass that folder."
+            )
         raise ModelError(
             f"{location} is a {architecture}, a head that is not supported; expected one of "
             f"{', '.join(f'...{ending}' for ending in HEADS)}, or pass --task {features} to export the model without "
             "its head."
         )
     return features
+
+
+def _reads_sound_and_texts(architecture: str) -> bool:
+    """Return whether a class takes the tokens of a text, and sound beside them."""
+    named = _named(architecture)
+    taken = () if named is None else inspect.signature(named.forward).parameters
+    return "input_ids" in taken and any(name in taken for name in SOUND)
 
 
 def _head(config: Any, architecture: str) -> str | None:

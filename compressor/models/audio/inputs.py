@@ -165,7 +165,10 @@ def _without_features(module: Any, call: Callable[[tuple[str, ...]], Call], main
         partial(_shaped, module, call((main,)), main, location)
     ]
     tried += [
-        partial(_masked, module, call((main, mask)), main, mask, axis, location) for mask in masks for axis in TIME
+        partial(_masked, module, call((main, mask)), main, mask, (axis, kind), location)
+        for kind in (torch.int64, torch.bool)
+        for mask in masks
+        for axis in TIME
     ]
     refusals = []
     for attempt in tried:
@@ -188,17 +191,18 @@ def _shaped(module: Any, call: Call, main: str, location: str) -> tuple[dict[str
 
 
 def _masked(
-    module: Any, call: Call, main: str, mask: str, time: int, location: str
+    module: Any, call: Call, main: str, mask: str, frames: tuple[int, torch.dtype], location: str
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Find the shape of the main input of a model, called with a mask of all frames, which are axis `time`."""
+    """Find the shape of the main input of a model, called with a mask of all frames: their axis, and its type."""
+    time, kind = frames
 
     def with_mask(model: Any, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if values.ndim <= time:
             raise ModelError(f"{location} takes a waveform without frames.")
-        return call(model, values, _frames_of(values, time))
+        return call(model, values, _frames_of(values, time).to(kind))
 
     example, axis = find_shape(module, with_mask, main, location)
-    return {main: example, mask: _frames_of(example, time)}, axis
+    return {main: example, mask: _frames_of(example, time).to(kind)}, axis
 
 
 def _frames_of(values: torch.Tensor, time: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save
 from compressor.models.vision_language.padded_grids import has_windows, padded_grids
 from compressor.models.vision_language.patch_grids import STACKED, in_rows, shaped
-from runtimes.base.vision_language import GRID, SHORT_GRID
+from runtimes.base.vision_language import GRID, PIXELS, SHORT_GRID
 
 POOLED, HIDDEN = "pooler_output", "last_hidden_state"
 
@@ -55,7 +55,7 @@ def wrap(loaded: Loaded) -> Model:
         answer=names[0],
         example=example,
         dynamic_axes=images.dynamic_axes,
-        preprocess=Preprocess(inputs, "tensor", as_numpy(example)),
+        preprocess=Preprocess(inputs, "tensor", as_numpy(example), varying={PIXELS: 1}),
         save=partial(save, module, None, {}),
         limitations=tuple(_limitations(module)),
     )

@@ -12,6 +12,7 @@ from compressor.models.preprocess import GridInput, Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import processor_of, save_vision_language
 from compressor.models.pretrained.text import max_length
+from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.padding import causal_padding
 from compressor.models.vision_language.images import Images, OneSize
 from compressor.models.vision_language.padded_grids import has_windows
@@ -30,6 +31,7 @@ def wrap(loaded: Loaded) -> Model:
     module, location = loaded.module, loaded.location
     processor = processor_of(location, loaded.options)
     tokenizer = getattr(processor, "tokenizer", None)
+    experts = use_writable_experts(module)
     parts = parts_of(module, location, cache=loaded.cache)
     return Model(
         **loaded.fields,
@@ -61,7 +63,7 @@ def wrap(loaded: Loaded) -> Model:
         save=partial(save_vision_language, module, processor),
         tokenizer=tokenizer,
         state=parts.call.causal.state,
-        limitations=tuple(_limitations(parts, module)),
+        limitations=(*_limitations(parts, module), *experts),
     )
 
 

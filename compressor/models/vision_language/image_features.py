@@ -26,9 +26,14 @@ class _OneTensor(TorchFunctionMode):
         return func(*args, **({} if kwargs is None else kwargs))
 
 
+def source_of(module: Any) -> Any:
+    """Return the part of a model that computes the features of images: the model, or the one below its head."""
+    return module if hasattr(module, "get_image_features") else getattr(module, "model", module)
+
+
 def takes_tiles(module: Any) -> bool:
     """Return whether images are cut into tiles, as in Idefics3: [rows, tiles, channels, height, width] with a mask."""
-    return MASK in inspect.signature(module.get_image_features).parameters
+    return MASK in inspect.signature(source_of(module).get_image_features).parameters
 
 
 def image_features(module: Any, pixel_values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,7 +47,7 @@ def image_features(module: Any, pixel_values: torch.Tensor, mask: torch.Tensor |
     if mask is not None:
         return _of_tiles(module, pixel_values, mask)
     with _OneTensor():
-        features = module.get_image_features(pixel_values, return_dict=True).pooler_output
+        features = source_of(module).get_image_features(pixel_values, return_dict=True).pooler_output
     if isinstance(features, torch.Tensor):
         return features
     return features[0] if len(features) == 1 and features[0].ndim == 3 else torch.stack(list(features))

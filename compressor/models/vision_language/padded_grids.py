@@ -10,7 +10,7 @@ replaced in the files of its classes while it runs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +231,11 @@ class _Size(int):
         raise TypeError("it reads the sizes of images in Python")
 
 
+def _are_sizes(arguments: Sequence[Any]) -> bool:
+    """Return whether the first of some arguments is a list of numbers of features of images."""
+    return bool(arguments) and isinstance(arguments[0], list) and isinstance(arguments[0][0], _Size)
+
+
 class _Undivided(TorchFunctionMode):
     """Leaves the features of all images behind each other, which `get_image_features` divides by image.
 
@@ -246,7 +251,7 @@ class _Undivided(TorchFunctionMode):
             return _Size()
         if func is torch.Tensor.unbind and args[1:] in ((), (0,)) and not isinstance(args[0].shape[0], int):
             return (args[0],)
-        if func in (torch.split, torch.Tensor.split) and args[1:] and isinstance(args[1], list):
+        if func in (torch.split, torch.Tensor.split) and _are_sizes(args[1:]):
             return (args[0],)
         return func(*args, **({} if kwargs is None else kwargs))
 

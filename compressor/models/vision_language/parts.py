@@ -13,8 +13,9 @@ from transformers.models.auto import modeling_auto
 from compressor.models.base import ModelError, first_line
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
 from compressor.models.vision_language.call import TYPES, VisionLanguage, language_of
-from compressor.models.vision_language.image_features import MASK, takes_tiles
+from compressor.models.vision_language.image_features import MASK, source_of, takes_tiles
 from compressor.models.vision_language.images import Images, OneSize
+from compressor.models.vision_language.padded_images import padded_images
 from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
 from compressor.models.vision_language.tile_grids import tile_grids
 from runtimes.base.vision_language import GRID, PIXELS, SIZES
@@ -62,12 +63,13 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
             "cache: leave --no-cache out."
         )
     image_token = getattr(module.config, "image_token_id", None)
-    if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
+    source = source_of(module)
+    if not hasattr(source, "get_image_features") or not isinstance(image_token, int):
         missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
         raise _refused(module, location, f"has {missing}")
     if getattr(module.config, "use_decoder_only_language_model", True) is False:
         raise _refused(module, location, "has a language model with an encoder, whose caches these files do not hold")
-    others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
+    others = sorted(set(inspect.signature(source.get_image_features).parameters) - KNOWN)
     images = _images(module, location, others)
     pictures = images.example()
     try:
@@ -107,7 +109,7 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     Raises:
         ModelError: it is none that is known.
     """
-    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {(GRID,): patch_grids, (SIZES,): tile_grids}
+    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {(GRID,): patch_grids, (SIZES,): _sized}
     form = forms.get(tuple(others))
     if form is not None:
         found = form(module)
@@ -122,6 +124,11 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
         raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
     height, width = (size, size) if isinstance(size, int) else size
     return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
+
+
+def _sized(module: Any) -> Images | str:
+    """Return the images of a model that takes their sizes: tiles, if it has a vector for the ends of lines."""
+    return tile_grids(module) if hasattr(module.model, "image_newline") else padded_images(module)
 
 
 def _places_in_grids(module: Any) -> bool:

@@ -21,6 +21,7 @@ from compressor.limitations import Limitation
 from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import special_kind
+from runtimes.base.vision_language import SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,11 +192,13 @@ class _Prompts:
         assert self.preprocess.image_tokens is not None
         pixels = found[self.preprocess.inputs[0]]
         expected = self.preprocess.example[self.preprocess.inputs[0]]
-        axes = -1 if pixels.ndim < CHANNELS else -CHANNELS  # patches vary in number
-        if pixels.shape[axes:] != expected.shape[axes:]:
+        axes = slice(-1 if pixels.ndim < CHANNELS else -CHANNELS, None)  # patches vary in number
+        if SIZES in found and pixels.ndim == CHANNELS:  # height and width vary
+            axes = slice(-CHANNELS, -CHANNELS + 1)
+        if pixels.shape[axes] != expected.shape[axes]:
             raise DataError(
-                f"the processor of the model makes images {list(pixels.shape[axes:])}, but the model takes "
-                f"{list(expected.shape[axes:])}; check its preprocessor_config.json"
+                f"the processor of the model makes images {list(pixels.shape[axes])}, but the model takes "
+                f"{list(expected.shape[axes])}; check its preprocessor_config.json"
             )
         count = int((found["input_ids"] == self.preprocess.image_token).sum())
         wanted = self.preprocess.image_tokens(found)
@@ -208,7 +211,7 @@ class _Prompts:
     def _store(self, found: Feeds, index: int) -> None:
         self.tokens[index] = found["input_ids"]
         first = self.preprocess.inputs[0]
-        if found[first].ndim == CHANNELS:  # tiles vary in number
+        if found[first].ndim == CHANNELS and SIZES not in found:  # tiles vary in number, and some images in size
             if first not in self.pixels:
                 self.pixels[first] = Store(found[first].shape, found[first].dtype)
             self.pixels[first].put(index, found[first])
@@ -220,8 +223,9 @@ class _Prompts:
 
 
 def _padded(rows: Sequence[Array], fill: int) -> Array:
-    """Return arrays of the same number of axes as one, the first axis padded behind each to that of the longest."""
-    padded = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    """Return arrays of the same number of axes as one, each axis padded behind to that of the longest."""
+    longest = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+    padded = np.full((len(rows), *longest), fill, dtype=rows[0].dtype)
     for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
+        target[tuple(map(slice, row.shape))] = row
     return padded

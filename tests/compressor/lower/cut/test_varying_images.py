@@ -67,7 +67,7 @@ def check_generation(kind, dropped, vision, target="onnxruntime"):
     assert len(different) > 2, "images and texts do not matter, so the test shows nothing"
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "llava_next", "qwen3_vl", *OTHERS])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava_next", "qwen3_vl", "mistral3", *OTHERS])
 def test_generation_without_a_branch_of_the_vision_tower_and_an_attention_of_the_language_model(kind, shared):
     check_generation(kind, DROPPED[kind], files(kind, DROPPED[kind], shared))
 

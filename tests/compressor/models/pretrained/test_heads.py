@@ -148,6 +148,32 @@ def test_an_encoder_that_needs_a_mask_of_its_frames_gets_one(tmp_path):
     assert model.example["input_features_mask"].all()
 
 
+def test_an_encoder_may_need_a_mask_of_truth_values(tmp_path):
+    config = transformers.Gemma3nAudioConfig(
+        hidden_size=16, conf_num_hidden_layers=1, conf_num_attention_heads=2, conf_attention_context_left=4,
+        conf_attention_chunk_size=4, sscp_conv_channel_size=(4, 4),
+    )  # fmt: skip
+    model = models.load(saved(transformers.Gemma3nAudioEncoder(config), tmp_path / "m"))
+    assert model.inputs == ("audio_mel", "audio_mel_mask")
+    assert model.example["audio_mel_mask"].dtype == torch.bool
+
+
+def test_a_language_model_that_reads_sound_is_refused_by_name(tmp_path):
+    config = transformers.Qwen2AudioConfig(architectures=["Qwen2AudioForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a language model that reads sound beside its text, which is not supported"):
+        models.load(tmp_path, random_weights=True)
+
+
+def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
+    """Its config names the architecture of timm too."""
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", num_labels=3, model_args={"depth": 1, "img_size": 32, "embed_dim": 24}
+    )
+    model = models.load(saved(transformers.TimmWrapperForImageClassification(config), tmp_path / "m"))
+    assert (model.source, model.task) == ("transformers", "image-classification")
+
+
 def test_what_a_module_needs_besides_is_named(tmp_path):
     config = transformers.Siglip2VisionConfig(patch_size=8, num_patches=4, **IMAGES)
     with pytest.raises(ModelError, match=r"Siglip2VisionModel does not compute features .*'pixel_attention_mask'.*own"):

@@ -30,7 +30,7 @@ def test_features_are_those_of_transformers_for_any_size_and_next_to_a_larger_im
     module, images = module_and_images(kind)
     names = tuple(images.dynamic_axes)
     large = rows(kind, inputs(kind, 2, (48, 48)))
-    for size in SIZES:
+    for size in SIZES[kind == "mistral3" :]:  # transformers fails for an image of a single token there
         found = inputs(kind, 2, size)
         tensors = {name: torch.as_tensor(found[name]) for name in names}
         with torch.inference_mode():
@@ -49,11 +49,10 @@ def test_features_are_those_of_transformers_for_any_size_and_next_to_a_larger_im
 
 def padded(small, large):
     """Two rows, of which the first is followed by zeros, or the second."""
-    longest = max(small.shape[1], large.shape[1])
-    both = [
-        torch.cat([each, each.new_zeros(1, longest - each.shape[1], *each.shape[2:])], 1) for each in (small, large)
-    ]
-    return torch.cat(both)
+    both = small.new_zeros(2, *map(max, zip(small.shape[1:], large.shape[1:], strict=True)))
+    for target, each in zip(both, (small[0], large[0]), strict=True):
+        target[tuple(map(slice, each.shape))] = each
+    return both
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,5 +115,5 @@ def test_what_is_timed_and_what_is_not_taken_is_said(kind, tmp_path_factory):
     tokens = int((model.example["input_ids"][0] == TOKEN).sum())
     assert stated.pop("size of the timed image") == f"images vary in size, and one of {tokens} image tokens is timed"
     windows = {"videos", "windows of the vision tower"}
-    expected = {"qwen2_5_vl": windows, "hyperclovax": windows, "llava_next": set()}
+    expected = {"qwen2_5_vl": windows, "hyperclovax": windows, "llava_next": set(), "mistral3": set()}
     assert set(stated) == expected.get(kind, {"videos"})

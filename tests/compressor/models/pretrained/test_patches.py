@@ -1,0 +1,105 @@
+"""Vision encoders alone that take grids of patches: their features are those of their class, for images of any size."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from compressor import models
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import ModelError
+from compressor.models.pretrained.patches import features_of
+from compressor.models.vision_language.patch_grids import without_padding
+from tests.compressor.models.pretrained.test_heads import saved
+from tests.varying_images import PATCH, config
+
+CLOSE = 1e-5  # relative; sums in another order
+GRIDS = ((1, 8, 4), (2, 4, 4), (1, 4, 12))
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def kimi():
+    return transformers.AutoConfig.for_model(
+        "kimi_k25_vision", patch_size=PATCH, pos_emb_height=4, pos_emb_width=4, **SMALL
+    )
+
+
+def muse():
+    return transformers.AutoConfig.for_model(
+        "muse_glimmer_vision", patch_size=PATCH, pos_emb_height=4, pos_emb_width=4, **SMALL
+    )
+
+
+def grouped():
+    return transformers.AutoConfig.for_model(
+        "exaone4_5_vision", patch_size=PATCH, depth=2, hidden_size=32, intermediate_size=48, num_heads=4,
+        num_key_value_heads=2, out_hidden_size=32, window_size=4 * PATCH, fullatt_block_indexes=[1],
+    )  # fmt: skip
+
+
+# Config, output, and the square of patches that a feature stands for.
+ENCODERS = {
+    "windows": (lambda: config("qwen2_5_vl").vision_config, "pooler_output", 2),
+    "sampled positions": (lambda: config("glm4v").vision_config, "pooler_output", 2),
+    "gathered positions": (lambda: config("qwen3_vl").vision_config, "pooler_output", 2),
+    "fewer heads of keys": (grouped, "pooler_output", 2),
+    "patches line by line": (muse, "last_hidden_state", 2),
+}
+
+
+@pytest.mark.parametrize("name", [*ENCODERS])
+def test_the_file_computes_what_the_class_does(name, tmp_path):
+    make, output, merge = ENCODERS[name]
+    module = transformers.AutoModel.from_config(make())
+    model = models.load(saved(module, tmp_path / "m"))
+    assert (model.inputs, model.outputs) == (("pixel_values", "image_grid_thw"), (output,))
+    lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    grids = torch.tensor(GRIDS)
+    if name == "sampled positions":  # transformers takes each frame as an image there
+        grids[:, 0] = 1
+    pixels = torch.randn(len(GRIDS), 48, model.example["pixel_values"].shape[2], generator=torch.Generator())
+    (found,) = session.run(None, {"pixel_values": pixels.numpy(), "image_grid_thw": grids.numpy()})
+    with torch.inference_mode():
+        named, expected = features_of(module(without_padding(pixels, grids), grid_thw=grids))
+    counts = (grids.prod(1) // merge**2).tolist()
+    kept = np.concatenate([row[:count] for row, count in zip(found, counts, strict=True)])
+    assert named == output
+    assert np.abs(kept - expected.numpy()).max() <= CLOSE * expected.abs().max()
+    assert not any(row[count:].any() for row, count in zip(found, counts, strict=True))
+
+
+def test_frames_of_a_clip_are_averaged(tmp_path):
+    """Kimi's encoder pools the frames, so a clip has as many features as an image."""
+    module = transformers.AutoModel.from_config(kimi())
+    model = models.load(saved(module, tmp_path / "m"))
+    grids = torch.tensor([[1, 8, 4], [1, 4, 4]])
+    pixels = torch.randn(2, 32, 3, PATCH, PATCH, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        (found,) = model.call(module, pixels, grids)
+        _, expected = features_of(module(without_padding(pixels, grids), grid_thw=grids))
+    kept = torch.cat([row[:count] for row, count in zip(found, (32, 16), strict=True)])
+    assert (kept - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    said = {}
+    for name in ("windows", "gathered positions"):
+        module = transformers.AutoModel.from_config(ENCODERS[name][0]())
+        said[name] = {each.feature for each in models.load(saved(module, tmp_path / name)).limitations}
+    assert said == {
+        "windows": {"preprocessing", "windows of the vision tower"},
+        "gathered positions": {"preprocessing", "deepstack_features"},
+    }
+
+
+def test_an_encoder_that_reads_sizes_in_python_is_refused(tmp_path):
+    lfm = transformers.AutoConfig.for_model("lfm3_vl_vision", patch_size=PATCH, **SMALL)
+    folder = saved(transformers.AutoModel.from_config(lfm), tmp_path / "m")
+    with pytest.raises(
+        ModelError, match=r"is a Lfm3VlVisionModel, which .* as rows \(.*it reads the sizes of images in"
+    ):
+        models.load(folder)
