@@ -38,16 +38,16 @@ def knapsack_table(parts: Mapping[str, Row]) -> str:
         for model, result in models.items():
             found = result["found"]
             label = model + (", no tokens merged" if "without" in part else "")
-            rows += [_plan(label, row) for row in found["rows"].values()]
+            rows += [_plan(label, row, found["rows"]) for row in found["rows"].values()]
             seconds = ", ".join(f"{name} {value:.0f} s" for name, value in found["seconds"].items())
             notes.append(f"- {label}: {found['candidates']} candidates; {seconds}. {_verdicts(found['rows'])}")
     return "\n".join([*_head(head, "lost, test"), *rows, "", *notes])
 
 
-def _plan(label: str, row: Row) -> str:
+def _plan(label: str, row: Row, rows: Mapping[str, Row]) -> str:
     cells = [label, row["method"], str(len(row["changes"])), f"{row['saved']:.1%} less"]
     cells.append(f"{row['search_divergence']:.4f}, {row['validation_loss']:.2f} %")
-    return _line([*cells, *_judged(row)])
+    return _line([*cells, *_judged(row, rows)])
 
 
 def _verdicts(rows: Mapping[str, Row]) -> str:
@@ -80,7 +80,9 @@ def corrections_table(models: Mapping[str, Row]) -> str:
     lines = _head(("model, dropped", "replaced by", "multiply-adds", "divergence", "against"), "lost")
     for model, result in models.items():
         for design, rows in result["found"].items():
-            lines += [_line([f"{model}, {design}", _way(name, row), *_figures(row)]) for name, row in rows.items()]
+            lines += [
+                _line([f"{model}, {design}", _way(name, row), *_figures(row, rows)]) for name, row in rows.items()
+            ]
     return "\n".join(lines)
 
 
@@ -124,21 +126,17 @@ def _marks(row: Row, ways: Sequence[str]) -> str:
     return f" (less than {', '.join(beaten)})" if beaten else ""
 
 
-def _figures(row: Row) -> list[str]:
-    return [f"{row['saved']:.1%} less", *_judged(row)]
+def _figures(row: Row, rows: Mapping[str, Row]) -> list[str]:
+    return [f"{row['saved']:.1%} less", *_judged(row, rows)]
 
 
-def _judged(row: Row) -> list[str]:
+def _judged(row: Row, rows: Mapping[str, Row]) -> list[str]:
     """Return the divergence, its differences from the other variants, and the loss, on test data."""
     against = "; ".join(
-        f"{_brief(other)} {_difference(found['divergence'])}" for other, found in row["against"].items()
+        f"{rows[other].get('method', other)} {_difference(found['divergence'])}"
+        for other, found in row["against"].items()
     )
     return [f"{row['divergence']['value']:.4f}", against or "–", interval(row["loss"])]
-
-
-def _brief(name: str) -> str:
-    """Return the name of a variant without the number of changes."""
-    return "".join(letter for letter in name if not letter.isdigit()).replace(" ,", ",").strip()
 
 
 def _difference(found: Mapping[str, float]) -> str:
