@@ -99,7 +99,7 @@ def small_model(model_type: str) -> Any:
 
 
 def _complete(config: Any) -> None:
-    """State what checkpoints state: the first token and the padding of a decoder, the padding of ESM, and a language."""
+    """State what checkpoints state: tokens of a decoder, the padding of ESM, and a language."""
     if getattr(config, "is_encoder_decoder", False):
         for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
             if getattr(config, name, None) is None:
