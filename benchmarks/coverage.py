@@ -99,13 +99,13 @@ def small_model(model_type: str) -> Any:
 
 
 def _complete(config: Any) -> None:
-    """State what checkpoints state: the first token and the padding of a decoder, and a language."""
+    """State what checkpoints state: tokens of a decoder, the padding of ESM, and a language."""
     if getattr(config, "is_encoder_decoder", False):
         for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
             if getattr(config, name, None) is None:
                 setattr(config, name, token)
-    if getattr(config, "token_dropout", False) and config.mask_token_id is None:
-        config.mask_token_id = 3
+    if getattr(config, "token_dropout", None) is not None and config.pad_token_id is None:  # ESM
+        config.pad_token_id, config.mask_token_id = 1, 3
     if getattr(config, "default_language", "") is None:
         config.default_language = config.languages[0]
 

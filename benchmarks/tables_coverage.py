@@ -15,6 +15,7 @@ TIMM = RESULTS.with_name("coverage_timm.json")
 KINDS = {
     "a head that is not supported": "has a head that is not supported",
     "Unrecognized configuration class": "has a head that is not supported",
+    "reads sound beside its text": "is a language model that reads sound",
     "beside the pixels": "reads images of varying size",
     "expected a model such as LLaVA": "reads images and texts in another way",
     "of token ids alone": "needs other inputs than texts",

@@ -17,7 +17,6 @@ from compressor.models.base import ModelError, first_line
 SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
 FRAMES = 128  # of a spectrogram
-USUAL_WIDTH = 128  # of a spectrogram, for a config that tells none
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
 # Names of sizes in the configs of transformers.
 WIDTHS = (
@@ -63,7 +62,7 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
         ModelError: the model fails on every shape that was tried.
     """
     reasons, fixed = [], None
-    for shape, axis in _shapes(module, main):
+    for shape, axis in _shapes(module.config, main):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
         if reason is not None:
@@ -91,14 +90,13 @@ def refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | N
     return None
 
 
-def _shapes(module: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     """Yield shapes of a sample, each with the axis of time, counted with the batch as axis 0."""
-    config = module.config
     if main == "input_values":
         yield (SAMPLES,), 1
         yield (1, SAMPLES), 2
     if main in SOUND:
-        for width in dict.fromkeys((*_numbers(config, WIDTHS), *_first_width(module), USUAL_WIDTH)):
+        for width in _numbers(config, WIDTHS):
             yield (FRAMES, width), 1
             yield (width, FRAMES), 2
             yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
@@ -110,13 +108,6 @@ def _shapes(module: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     if main == "past_values":
         for length in _numbers(config, ("context_length",)):
             yield from (((length, channels), 0) for channels in _numbers(config, ("num_input_channels",)))
-
-
-def _first_width(module: Any) -> Iterator[int]:
-    """Yield the width that the first product of a module takes, which may be that of several frames side by side."""
-    first = next((part for part in module.modules() if isinstance(part, torch.nn.Linear)), None)
-    if first is not None:
-        yield first.in_features
 
 
 def _numbers(config: Any, names: Sequence[str]) -> list[int]:
