@@ -64,6 +64,7 @@ CASES = (
     Case("DeiT-Tiny, cosine 4", "deit", "images", ("--drop", "4")),
     Case("MiniLM, none, int8", "minilm", "stsb", ("--drop", "none", "--int8")),
     Case("MiniLM, auto", "minilm", "stsb", ("--drop", "auto")),
+    Case("MiniLM, auto without tokens", "minilm", "stsb", ("--drop", "auto", "--tokens", "none")),
     Case("Llama 260k, auto 5 %", "llama", "tokens", ("--drop", "auto", "--max-loss", "5")),
     Case("Llama 260k, attention:1", "llama", "tokens", ("--drop", "attention:1", "--metric", "output")),
     Case("ViT-B/16 random, output 4", "vit_base_patch16_224", "images",
