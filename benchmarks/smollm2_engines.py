@@ -100,10 +100,10 @@ class Files:
         self.index.write_text(json.dumps(self.read() | {cell.name: str(path)}, indent=1))
 
 
-def cells(designs: Sequence[Design] = PLANS) -> Iterator[Cell]:
+def cells() -> Iterator[Cell]:
     """Yield the cells that are timed."""
     for engine, precisions in ENGINES.items():
-        yield from (Cell(engine, design, precision) for design in designs for precision in precisions)
+        yield from (Cell(engine, design, precision) for design in PLANS for precision in precisions)
 
 
 def exported(subject: Subject, engines: Sequence[str]) -> None:

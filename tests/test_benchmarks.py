@@ -1046,6 +1046,8 @@ def test_smollm2_runs_on_a_small_model(monkeypatch, tmp_path):
     }
     assert {each["part"] for each in found["timing"]["interactions"]} == {"first", "token"}
     assert "2 bits, no table" in found["products"]["rows"]["1"]
+    predicted = found["searched"]["auto, as fast as attention 50%"]["predicted"]
+    assert predicted["auto"] >= predicted["attention 50%"] > 1
     before = found["quality"]
     smollm2.main([*common, *parts[:1]], standalone_mode=False)
     assert json.loads((tmp_path / "found.json").read_text())["quality"] == before  # no row is measured twice
