@@ -56,7 +56,10 @@ def search_until(subject: Subject, design: Design) -> tuple[planner.Search, dict
 
 @contextmanager
 def evaluator_of(subject: Subject) -> Iterator[tuple[Settings, GraphEvaluator]]:
-    """Yield the settings of a search for speed on one thread of ONNX Runtime, and what builds and times its engines."""
+    """Yield the settings of a search for speed on one thread of ONNX Runtime, and what builds and times its engines.
+
+    A wished speed-up lifts the limit on the loss; `search_until` sets the one that counts.
+    """
     changed = {"drop": "auto", "speedup": 2.0, "search_samples": EFFECT_SAMPLES, "generate": GENERATED, "threads": 1}
     options = Settings(**{**subject.settings.to_dict(), **changed})
     target, build = check_target(options)

@@ -323,6 +323,26 @@ def test_shards_of_an_index(tmp_path):
     assert (index.name, SAFE_WEIGHTS_NAME) == ("model.safetensors.index.json", "model.safetensors")
 
 
+def test_names_in_the_files_of_a_module_are_replaced_and_come_back():
+    from transformers import BertConfig, BertModel
+    from transformers.models.bert import modeling_bert
+
+    from compressor.internals.transformers import files_of, with_names
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    module = BertModel(BertConfig(vocab_size=9, **sizes))
+    assert modeling_bert in files_of(module)
+    assert all(file.__name__.startswith("transformers.") for file in files_of(module))
+    function, method = modeling_bert.eager_attention_forward, BertModel.forward
+    names = {"eager_attention_forward": 1, "BertModel.forward": 2, "len": 3, "no_such_name": 4, "NoClass.forward": 5}
+    with contextlib.suppress(ZeroDivisionError), with_names(module, names):
+        assert (modeling_bert.eager_attention_forward, BertModel.forward, modeling_bert.len) == (1, 2, 3)
+        assert not {"no_such_name", "NoClass"} & vars(modeling_bert).keys()
+        raise ZeroDivisionError
+    assert (modeling_bert.eager_attention_forward, BertModel.forward) == (function, method)
+    assert "len" not in vars(modeling_bert)
+
+
 @pytest.mark.parametrize("bars", [True, False])
 def test_quiet_silences_transformers_temporarily(bars):
     from transformers.utils import logging as transformers_logging

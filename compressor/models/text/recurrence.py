@@ -120,9 +120,8 @@ def _selective_scan(
     """
     if delta_bias is not None:
         dt = dt + delta_bias[..., None]
-    steps = (functional.softplus(dt) if delta_softplus else dt).transpose(1, 2)[
-        ..., None
-    ]  # [rows, tokens, channels, 1]
+    dt = functional.softplus(dt) if delta_softplus else dt
+    steps = dt.transpose(1, 2)[..., None]  # [rows, tokens, channels, 1]
     values = steps * hidden_states.transpose(1, 2)[..., None]
     query, key = (each.transpose(1, 2)[:, :, None] for each in (C, B))
     found, state = recurrence(query, key, values, torch.exp(A * steps), None, _zeros(values, A.shape[-1]))
