@@ -55,7 +55,8 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
     old: Count = past.done[-1].count if past.done else original
     sizes = past.done[-1].sizes if past.done else None
     method, protected = past.reduction.method, past.reduction.protected
-    removed = _removed(call, root, old, amount, past.reduction)
+    by_row = attended.real is not None and not isinstance(old, int) and past.reduction.in_pairs
+    removed = _removed(call, root, old, amount, past.reduction, by_row=by_row)
     count, dtype = arithmetic.minus(call, old, removed), value_of(root).dtype
     if not isinstance(count, int):
         resymbolize_size(past.graph, count)
@@ -73,8 +74,10 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
         score = call(aten.linalg_vector_norm.default, _mean_keys(call, attended), 2, [-1])
         return arithmetic.keep(call, score, count, protected, sizes, dtype)
     features, links = _links(call, root, attended, past)
+    if by_row:
+        links = links._replace(share=amount)
     new_index = arithmetic.match(call, features, protected, removed, links)
-    return arithmetic.merge(call, new_index, count, sizes, dtype)
+    return arithmetic.merge(call, new_index, count, sizes, dtype, real=attended.real if by_row else None)
 
 
 def _links(call: Any, root: fx.Node, attended: AttentionOperands, past: Stages) -> tuple[fx.Node, arithmetic.Links]:
@@ -93,10 +96,10 @@ def _states(call: Any, root: fx.Node) -> fx.Node:
     return root if value_of(root).dtype == torch.float32 else call(aten.to.dtype, root, torch.float32)
 
 
-def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction) -> Count:
+def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction, *, by_row: bool) -> Count:
     """Return the number of removed tokens, limited to the available ones.
 
-    A merge removes less than half of the unprotected tokens.
+    A merge removes less than half of the unprotected tokens. With `by_row` the rows have padding and a dynamic length.
 
     Raises:
         PassError: `amount` is a number but the token axis is dynamic, or fewer than two tokens may be removed.
@@ -106,6 +109,8 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
             f"found {amount} tokens to remove after {root.name}, which has a dynamic length; "
             "expected a share such as 0.25."
         )
+    if by_row:
+        return arithmetic.removed_in_pairs(call, arithmetic.minus(call, old, reduction.protected), amount)
     removed = arithmetic.removed_tokens(call, old, reduction.protected, amount)
     if not isinstance(old, int):
         return removed

@@ -28,6 +28,7 @@ LAST = 2**63 - 1
 FLOAT = {"dtype": torch.float32}
 # Cosines lie in [-1, 1]. Pairs of padding tokens rank above every real pair, mixed pairs below.
 PADDING_FIRST, NEVER, LAST_RANK = 4.0, -2.0, -1e9
+BEHIND_ALL = 2 * LAST_RANK
 
 Count = Any  # int, or the node of a symbolic integer
 
@@ -52,21 +53,18 @@ class Links(NamedTuple):
 
     ``real`` ``[B, N]`` bool is False for padding, which merges first and only with padding; None without padding.
     ``received`` ``[B, N]`` is the attention that each token receives. ``sizes`` ``[B, N]`` are the sizes of the tokens.
+    With ``share``, each row merges this share of its own tokens, as it would without its padding (`removed_in_pairs`).
     """
 
     real: fx.Node | None = None
     received: fx.Node | None = None
     sizes: fx.Node | None = None
+    share: float | None = None
 
 
 def minus(call: Call, left: Count, right: Count) -> Count:
     """Return the difference of two counts, an integer if both are integers, otherwise a node."""
     return left - right if isinstance(left, int) and isinstance(right, int) else call(operator.sub, left, right)
-
-
-def plus(call: Call, left: Count, right: Count) -> Count:
-    """Return the sum of two counts, an integer if both are integers, otherwise a node."""
-    return left + right if isinstance(left, int) and isinstance(right, int) else call(operator.add, left, right)
 
 
 def removed_tokens(call: Call, count: Count, protected: int, amount: int | float) -> Count:
@@ -80,12 +78,26 @@ def removed_tokens(call: Call, count: Count, protected: int, amount: int | float
     return call(operator.floordiv, call(operator.mul, free, parts), 1000)
 
 
+def removed_in_pairs(call: Call, free: Count, share: float) -> Count:
+    """Return the number of removed tokens: a share of `free` unprotected ones, of even numbers of one less.
+
+    So it grows only where set A does, and a row with padding always has as many tokens of padding in A as it has to
+    remove beside its own.
+    """
+    odd = call(operator.sub, call(operator.mul, call(operator.floordiv, call(operator.add, free, 1), 2), 2), 1)
+    return call(operator.floordiv, call(operator.mul, odd, round(share * 1000)), 1000)
+
+
 def match(call: Call, features: fx.Node, protected: int, removed: Count, links: Links) -> fx.Node:
     """Compute bipartite soft matching (Bolya et al., Token Merging, ICLR 2023, section 3).
 
     The unprotected tokens alternate between sets A and B. Each token of A is linked to the token of B with the most
     similar features (cosine). The first `removed` links are merged into B. The new order is the protected tokens, the
     rest of A by rank, then B.
+
+    Padding merges first, so that rows of a fixed length lose as few of their own tokens as possible. With
+    ``links.share``, a row merges as many of its own tokens as it would without padding behind it, and they are in front
+    of its padding afterwards. So its result does not depend on the longest row of the batch.
 
     Links rank by their cosine c, as in the paper. With ``links.received`` they rank by what merging costs: a (1 - c),
     lowest first, with the attention a that the token of A receives. With ``links.sizes`` the cost of merging tokens of
@@ -109,21 +121,81 @@ def match(call: Call, features: fx.Node, protected: int, removed: Count, links: 
         scores = _less_size(call, scores, links.sizes, protected)
     if links.real is not None:
         scores = _separate_padding(call, scores, links.real, protected)
+    if not isinstance(removed, int):  # a row of one free token has no set B
+        scores = call(aten.constant_pad_nd.default, scores, [0, 1], 2 * NEVER)
     best, partner = call(aten.amax.default, scores, [-1]), call(aten.argmax.default, scores, -1)
     if links.received is not None:
         cost = _less_attended(call, best, _sides(call, links.received, protected)[0])
         best = cost if links.real is None else _padding_first(call, best, cost)
-    rank = _rank(call, best)
-    in_a = _size(call, best)
-    kept = minus(call, in_a, removed)
-    linked = call(aten.add.Tensor, call(aten.to.dtype, partner, torch.float32), plus(call, kept, protected))
-    unmerged = call(aten.sub.Tensor, rank, minus(call, removed, protected))
+    if links.real is None or links.share is None:
+        index_a, index_b = _indices(call, _rank(call, best), partner, removed, _size(call, second))
+    else:
+        own = _sides(call, links.real, protected)
+        best = call(aten.where.ScalarOther, own[0], best, BEHIND_ALL)
+        index_a, index_b = _indices_by_row(call, _rank(call, best), partner, removed, own, links.share)
+    by_set = _behind_protected(call, call(aten.cat.default, [index_a, index_b], 1), protected)
+    order = _original_order(call, _size(call, features), protected, _size(call, best))
+    return call(aten.index_select.default, by_set, 1, order)
+
+
+def _indices(call: Call, rank: fx.Node, partner: fx.Node, removed: Count, in_b: Count) -> tuple[fx.Node, fx.Node]:
+    """Return the new indices of the tokens of A and B, from the first that is not protected.
+
+    Args:
+        call: function that inserts a node.
+        rank: ``[B, A]``, the rank of the link of each token of A.
+        partner: ``[B, A]``, its token of B.
+        removed: number of links to merge.
+        in_b: number of tokens of B.
+    """
+    kept = minus(call, _size(call, rank), removed)
+    linked = call(aten.add.Tensor, call(aten.to.dtype, partner, torch.float32), kept)
+    unmerged = call(aten.sub.Tensor, rank, removed)
     index_a = call(aten.where.self, call(aten.lt.Scalar, rank, removed), linked, unmerged)
-    zero = _zero(call, rank)
-    indices = [call(aten.add.Tensor, zero, _range(call, protected)), index_a] if protected else [index_a]
-    index_b = call(aten.add.Tensor, _range(call, _size(call, second)), plus(call, kept, protected))
-    by_set = call(aten.cat.default, [*indices, call(aten.add.Tensor, zero, index_b)], 1)
-    return call(aten.index_select.default, by_set, 1, _original_order(call, _size(call, features), protected, in_a))
+    return index_a, call(aten.add.Tensor, _zero(call, rank), call(aten.add.Tensor, _range(call, in_b), kept))
+
+
+def _indices_by_row(
+    call: Call, rank: fx.Node, partner: fx.Node, removed: Count, own: tuple[fx.Node, fx.Node], share: float
+) -> tuple[fx.Node, fx.Node]:
+    """Return the new indices as `_indices`, where each row merges a share of its own tokens.
+
+    They are, in this order, the row's own tokens of A that are left, its own of B, and its padding of A and of B.
+    Padding of A may merge with a token of the row, on which it then has no weight (`merge`).
+
+    Args:
+        call: function that inserts a node.
+        rank: ``[B, A]``, the rank of the link of each token of A; padding ranks last.
+        partner: ``[B, A]``, its token of B.
+        removed: number of links to merge.
+        own: ``[B, A]`` and ``[B, B]`` bool, False for padding.
+        share: share of the tokens to remove.
+    """
+    ones = [call(aten.to.dtype, side, torch.float32) for side in own]
+    own_a, own_b = (call(aten.sum.dim_IntList, side, [1], True) for side in ones)
+    mine = _removed_by_row(call, call(aten.add.Tensor, own_a, own_b), share)
+    of_padding = call(aten.add.Tensor, call(aten.neg.default, mine), removed)
+    merged = call(aten.where.self, own[0], mine, call(aten.add.Tensor, own_a, of_padding))
+    behind = call(aten.add.Tensor, call(aten.neg.default, own_b), removed)
+    unmerged = call(aten.sub.Tensor, rank, call(aten.where.self, own[0], mine, behind))
+    position = _range(call, _size(call, ones[1]))
+    until = call(aten.le.Tensor, call(aten.unsqueeze.default, position, 1), position)
+    before = call(aten.matmul.default, ones[1], call(aten.to.dtype, until, torch.float32))  # own tokens of B so far
+    first = call(aten.add.Tensor, before, call(aten.sub.Tensor, call(aten.sub.Tensor, own_a, mine), 1.0))
+    kept = minus(call, _size(call, rank), removed)
+    later = call(aten.add.Tensor, call(aten.sub.Tensor, position, before), call(aten.add.Tensor, own_b, kept))
+    index_b = call(aten.where.self, own[1], first, later)
+    linked = call(aten.gather.default, call(aten.constant_pad_nd.default, index_b, [0, 1], 0.0), 1, partner)
+    return call(aten.where.self, call(aten.lt.Tensor, rank, merged), linked, unmerged), index_b
+
+
+def _removed_by_row(call: Call, free: fx.Node, share: float) -> fx.Node:
+    """Compute `removed_in_pairs` of counts ``[B, 1]``, in integers."""
+    half = call(aten.floor_divide.default, call(aten.add.Tensor, call(aten.to.dtype, free, torch.int64), 1), 2)
+    odd = call(aten.sub.Tensor, call(aten.mul.Tensor, half, 2), 1)
+    parts = call(aten.mul.Tensor, odd, round(share * 1000))
+    found = call(aten.to.dtype, call(aten.floor_divide.default, parts, 1000), torch.float32)
+    return call(aten.clamp_min.default, found, 0.0)  # a row of padding alone
 
 
 def _sides(call: Call, value: fx.Node, protected: int) -> tuple[fx.Node, fx.Node]:
@@ -210,13 +282,19 @@ def merge(
     sizes: fx.Node | None,
     dtype: torch.dtype,
     weights: fx.Node | None = None,
+    real: fx.Node | None = None,
 ) -> Stage:
     """Replace tokens with the same new index by their average.
 
-    It is weighted by size (section 3, tracking token size), or else by `weights` ``[B, N]``.
+    It is weighted by size (section 3, tracking token size), or else by `weights` ``[B, N]``. Padding, where `real`
+    ``[B, N]`` is False, has no weight beside other tokens.
     """
     assign = _assign(call, new_index, count, dtype)
     by_size = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
+    if real is not None:
+        own = call(aten.mul.Tensor, by_size, call(aten.unsqueeze.default, call(aten.to.dtype, real, dtype), 1))
+        has_own = call(aten.gt.Scalar, call(aten.sum.dim_IntList, own, [-1], True), 0.0)
+        by_size = call(aten.where.self, has_own, own, by_size)
     total = call(aten.sum.dim_IntList, by_size, [-1])
     if weights is None:
         return Stage(count, assign, call(aten.div.Tensor, by_size, call(aten.unsqueeze.default, total, 2)), total)
