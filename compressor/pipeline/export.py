@@ -39,6 +39,7 @@ from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.models.text import genai_config
 from compressor.pipeline import export_offloaded, factorial_cells, image_token_stages
+from compressor.pipeline.last_tokens import of_last_tokens
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
@@ -51,10 +52,9 @@ from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
 from compressor.report.recipe_notes import recipe_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict, shares_of_time
-from compressor.search import depth_order
+from compressor.search import depth_order, without_merges
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
-from compressor.search.last_tokens import of_last_tokens
 from compressor.search.plan_file import of_earlier_rule
 from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import tokens_left
@@ -261,7 +261,7 @@ def _decided(
         if settings.confidence is not None and certify:
             choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
         elif settings.heal == "none":
-            choice = decision.strongest(choice, steps)
+            choice = without_merges.strongest(choice, decision, steps)
     healing = settings.heal_budget
     while True:
         start = time.perf_counter()
@@ -515,7 +515,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph, targ
 
 def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: _Rewritten) -> tuple[str, ...]:
     notes, healed = [*resumed(report.search), *price_notes(report.search)], rewritten.healed
-    notes += depth_order.sentences(report.search)
+    notes += [*without_merges.sentences(report.search), *depth_order.sentences(report.search)]
     if "decision" in report.search:
         notes.append(decision_sentence(report.search["decision"]))
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:

@@ -20,11 +20,11 @@ from compressor.lower.traced_model import (
     load_data,
 )
 from compressor.measure.memory_budget import memory_budget
+from compressor.pipeline.last_tokens import of_last_tokens
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.chance import ChanceError
 from compressor.report.collect_limitations import of_weight_types
 from compressor.report.inspection import Inspection
-from compressor.search.last_tokens import of_last_tokens
 from compressor.search.planner import output_divergence, score
 from compressor.study.study import study as studied
 from compressor.workspace.output_lock import output_lock

@@ -10,6 +10,7 @@ Maron and Moore 1994). The first estimate of a fitted map is derived from the me
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,11 @@ REACHED = "the predicted speed-up is reached"
 
 Candidate = tuple[str, str]
 Progress = Callable[[str], None]
+
+
+def merges(action: str) -> bool:
+    """Return whether an action merges tokens."""
+    return merged_tokens(action) is not None
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,9 @@ class Search:
 
     Attributes:
         validated: candidates whose loss on validation data was measured.
-        exceeded: units at which a candidate exceeded the limit since the last accepted change, with the least increase
-            in divergence that did.
-        failures: loss in percent per divergence of the last candidate of each unit that exceeded the limit.
+        exceeded: units and whether tokens were merged there, of the candidates that exceeded the limit since the last
+            accepted change, with the least increase in divergence that did.
+        failures: loss in percent per divergence of the last candidate of each of these that exceeded the limit.
         ended: why the last run ended, as a clause.
         most: the output divergence of a change must be less, in nats.
         fronts: the candidates before each accepted change.
@@ -131,8 +137,8 @@ class Search:
     graphs: list[Graph] = field(default_factory=list)
     validated: list[Candidate] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
-    exceeded: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, float] = field(default_factory=dict)
+    exceeded: dict[tuple[str, bool], float] = field(default_factory=dict)
+    failures: dict[tuple[str, bool], float] = field(default_factory=dict)
     ended: str = ""
     most: float = math.inf
     fronts: list[_Candidates] = field(default_factory=list)
@@ -157,9 +163,9 @@ class Search:
         Raises:
             PassError: the action cannot be applied to this unit.
         """
-        merges = merged_tokens(action) is not None
+        merging = merges(action)
         fits = None if action in PUBLISHED else fits  # published methods need a fit of their own, on all tokens
-        graph = self.graph if merges else self.rewriter.changed(self.graph, unit, action, fits)
+        graph = self.graph if merging else self.rewriter.changed(self.graph, unit, action, fits)
         return graph, self.rewriter.reduced(graph, self.changes | self.rewriter.of_sites({unit: action}))
 
     def candidate(self, unit: str, action: str, fits: Fits | None = None) -> Graph:
@@ -216,6 +222,29 @@ class Search:
         self.cost = self.steps[-1].cost if self.steps else self.prices.cost(self.reduced)
         self.exceeded.clear()
 
+    def without_merges(self) -> Search:
+        """Return a search from the state before the first merge of this one, without candidates that merge tokens.
+
+        Effects, costs and refusals that were measured stay. The searches share weights, measurements and journal.
+        """
+        kept = next((number for number, step in enumerate(self.steps) if merges(step.action)), len(self.steps))
+        again = copy.copy(self)
+        again.validated, again.refused = list(self.validated), dict(self.refused)
+        for step in self.steps[kept:]:
+            if merges(step.action):
+                again.refused[step.unit, step.action] = (
+                    f"{step.action} left out: no plan with merged tokens held on samples that the search did not see"
+                )
+        again.exceeded = {}
+        again.failures = {kind: ratio for kind, ratio in self.failures.items() if not kind[1]}
+        fronts = [replace(front.copy(), search=again) for front in (*self.fronts, self.front)]
+        again.restore(
+            Path(tuple(self.steps[:kept]), tuple(self.graphs[: kept + 1]), tuple(fronts[:kept]), fronts[kept])
+        )
+        for front in (*again.fronts, again.front):
+            front.candidates = [candidate for candidate in front.candidates if not merges(candidate[1])]
+        return again
+
     def milder(self, enough: float) -> None:
         """Undo the changes that the speed-up `enough` does not need, and replace the last one by milder ones.
 
@@ -245,41 +274,48 @@ class Search:
                 Path(tuple(self.steps[:count]), tuple(self.graphs[: count + 1]), tuple(self.fronts[:count]), front)
             )
 
-    def hopeless(self, unit: str, added: float) -> bool:
+    def hopeless(self, unit: str, action: str, added: float) -> bool:
         """Return whether a change is given up, because its effect says that it would exceed the limit.
 
         So it is after a change of its own unit of no greater effect exceeded the limit on this graph: a larger share of
         merged tokens is not tried after a smaller one. Effects of different units are no exact measure of the loss, so
-        `PATIENCE` of them are needed, or a predicted loss beyond the limit by far (`_predicted`).
+        `PATIENCE` of them are needed, or a predicted loss beyond the limit by far (`_predicted`). One of them has to be
+        of the same kind, a merge or none: at equal divergence, merged tokens cost sentence embeddings several times as
+        much of their rank correlation as other changes.
 
         Args:
             unit: site or block that is changed.
+            action: the action.
             added: increase in output divergence, in nats.
         """
-        effects = sorted(self.exceeded.values())
+        merging = merges(action)
+        known = any(merged == merging for _, merged in self.exceeded)
+        effects = sorted(self.exceeded.values()) if known else []
         others = effects[PATIENCE - 1] if len(effects) >= PATIENCE else math.inf
-        return added >= min(self.exceeded.get(unit, math.inf), others) or self._predicted(added) > self.limit
+        own = self.exceeded.get((unit, merging), math.inf)
+        return added >= min(own, others) or self._predicted(action, added) > self.limit
 
-    def _predicted(self, added: float) -> float:
+    def _predicted(self, action: str, added: float) -> float:
         """Return the loss after a change that adds `added` divergence, in percent.
 
         It is the present loss and `CAUTION` times the median loss per divergence of the changes so far, accepted or
-        not. It is minus infinity before a change exceeded the limit, and with fewer than `PATIENCE` changes.
+        not. It is minus infinity before a change of this kind exceeded the limit, and with fewer than `PATIENCE`
+        changes.
         """
-        losses = [0.0, *(step.loss for step in self.steps)]
+        losses, merging = [0.0, *(step.loss for step in self.steps)], merges(action)
         accepted = [
             (step.loss - before) / step.added
             for before, step in zip(losses, self.steps, strict=False)
             if step.added > NOISE
         ]
         ratios = [*accepted, *self.failures.values()]
-        if not self.failures or len(ratios) < PATIENCE:
+        if len(ratios) < PATIENCE or not any(merged == merging for _, merged in self.failures):
             return -math.inf
         return losses[-1] + CAUTION * statistics.median(ratios) * added
 
     def _why_none_is_left(self) -> str:
         left = [candidate for candidate in self.front.candidates if self.front.saves(candidate)]
-        if any(self.hopeless(unit, self.front.added[unit, action]) for unit, action in left):
+        if any(self.hopeless(unit, action, self.front.added[unit, action]) for unit, action in left):
             return (
                 "every remaining change is expected to exceed the limit, by its effect on the output, measured or "
                 "estimated"
@@ -311,9 +347,10 @@ class Search:
             self.fronts.append(before)
             self.front.changed(unit, action)
         else:
-            self.exceeded[unit] = min(added, self.exceeded.get(unit, math.inf))
+            kind = unit, merges(action)
+            self.exceeded[kind] = min(added, self.exceeded.get(kind, math.inf))
             if added > NOISE and math.isfinite(lost.percent):
-                self.failures[unit] = (lost.percent - (self.steps[-1].loss if self.steps else 0.0)) / added
+                self.failures[kind] = (lost.percent - (self.steps[-1].loss if self.steps else 0.0)) / added
             self.refused[unit, action] = (
                 f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
             )
@@ -421,7 +458,7 @@ class _Candidates:
     def _can_gain(self, candidate: Candidate) -> bool:
         added = self.added[candidate]
         within = self.base + added < self.search.most or self.search.most == math.inf
-        return self.saves(candidate) and within and not self.search.hopeless(candidate[0], added)
+        return self.saves(candidate) and within and not self.search.hopeless(*candidate, added)
 
     def copy(self) -> _Candidates:
         """Return a copy without the regressions, which are large."""
@@ -490,9 +527,9 @@ class _Candidates:
         }
         self.read = set(live_parts(self.search.reduced))
         self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
-        merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
+        merged = [candidate for candidate in self.candidates if candidate[1] == MERGE]
         measure = self._measure if self.search.preview is None else self._preview
-        measure([*((name, "drop") for name in units), *merges])
+        measure([*((name, "drop") for name in units), *merged])
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:

@@ -211,10 +211,14 @@ def _searched(
     with steps.step("score the sites"):
         scores = scores_for_report(subject.graph, search.effects.split)
     measurements = evidence(subject.sites, scores, search.front.alone)
+    choice = choice_of(search, subject.model.name, rule(settings), measurements)
+    return replace(choice, facts=choice.facts | {"goal": {"speedup": goal, "timed": timed}}) if timed else choice
+
+
+def choice_of(search: Search, model: str, rule: str, measurements: dict[str, Any]) -> Choice:
+    """Return all changes of a search as a choice."""
     facts = facts_of(search) | {"front": front_of(search), "chosen": len(search.steps)}
-    if timed:
-        facts["goal"] = {"speedup": goal, "timed": timed}
-    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, measurements)
+    return Choice(search.plan(model, rule), search.graph, search.rewriter, facts, search, measurements)
 
 
 def reach(search: Search, goal: float, measure: Callable[[], float], steps: Steps) -> list[dict[str, Any]]:

@@ -296,6 +296,23 @@ def test_a_larger_merge_is_not_tried_after_a_smaller_one_exceeded_the_limit():
 
 
 @pytest.mark.usefixtures("without_liveness")
+@pytest.mark.parametrize("merging", [True, False])
+def test_failures_of_one_kind_do_not_end_the_search_for_the_other(merging):
+    """Every merge exceeds the limit at a small effect, and drops lose nothing at larger ones; and the reverse."""
+    world = World(count=PATIENCE + 2, actions=("drop", "merge"))
+    world.sites = tuple(dataclasses.replace(site, kind="attention") for site in world.sites)
+    world.pairs[:] = 0.0
+    bad = {(name, action) for name, action in world.own if (action != "drop") == merging}
+    world.own = {key: 0.01 if key in bad else 0.1 for key in world.own}
+    world.loss = lambda graph, *, limit: Loss(9.0 if graph & bad else 0.0, len(world.split))
+    search = world.begin(limit=1.0)
+    search.run()
+    assert len({unit for unit, action in search.validated if (unit, action) in bad}) >= PATIENCE  # they were tried
+    assert set(search.changes) == {site.name for site in world.sites}
+    assert not {(unit, action) for unit, action in search.changes.items()} & bad
+
+
+@pytest.mark.usefixtures("without_liveness")
 def test_a_search_says_why_it_ended():
     world = World()
     search = world.begin()
