@@ -39,6 +39,10 @@ class ReduceTokens:
     All later operators are adapted to the shorter token axis. Reshape sizes, position tables, rotary tables, relative
     biases and padding masks are reduced in the same way. Outputs with a value for each token are unmerged.
 
+    Where the length is dynamic, the methods that merge pairs remove a share of the tokens of each row that are no
+    padding, so that a row with padding behind it gives what it gives alone. In rows of a fixed length padding merges
+    first; the methods that drop tokens drop padding first.
+
     Args:
         schedule: pairs of a block or attention site and the number of tokens to remove, or the share (a float below
             0.5) of the unprotected tokens. A dynamic token axis takes shares only.
