@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.choices import GGUF, TRANSFORMERS
 from compressor.limitations import Limitation
+from compressor.quality.evaluate import BATCH
 from compressor.quality.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def limitations_of(
     yield from _unused(precision, engine)
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
+    yield from _of_shared_scales(precision, str(engine.get("target")))
     yield from of_engine(engine)
     if engine.get("target") == GGUF:
         yield from of_llama_cpp(subject.model)
@@ -81,6 +83,7 @@ def of_sweep(
         where = "" if len(numbers) == len(conversions) else f" at {noun} {', '.join(numbers)}"
         yield Limitation(f"{limitation.feature}{where}", limitation.reason)
     yield from _saturating(precision, {}, {"state": "built", "target": target})
+    yield from _of_shared_scales(precision, target)
 
 
 def of_timings(unsteady: Sequence[float]) -> Iterator[Limitation]:
@@ -305,6 +308,17 @@ def _saturating(precision: str, converted: Mapping[str, Converted], engine: Mapp
             "exact int8 products",
             "ONNX Runtime saturates sums of int8 products at 16 bits on this processor, which has no VNNI; the "
             "measured loss includes this error, and predictions can differ on a processor with VNNI",
+        )
+
+
+def _of_shared_scales(precision: str, target: str) -> Iterator[Limitation]:
+    """Yield a limitation if the rows of a batch share the scales of their activations, as in DynamicQuantizeLinear."""
+    if precision == "int8-dynamic" and target.startswith("onnxruntime"):
+        yield Limitation(
+            "outputs of a row alone",
+            "ONNX Runtime computes one scale for the activations of a whole batch, so an output depends on the other "
+            f"rows of its batch; quality was measured in batches of at most {BATCH} samples, and latency at batch 1 "
+            "unless --batch says another",
         )
 
 

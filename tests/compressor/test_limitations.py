@@ -352,9 +352,26 @@ def test_saturating_int8_products_are_a_limitation(saturating, monkeypatch):
     monkeypatch.setattr("compressor.target.saturation.int8_saturates", lambda: saturating)
     expected = ["exact int8 products"] if saturating else []
     for engine in (BUILT | {"target": "onnxruntime_fused"}, {"state": "deferred", "target": "tensorrt"}):
-        assert features(limitations_of(subject(), "int8-dynamic", {}, (), engine)) == expected
+        assert features(limitations_of(subject(), "int8", {}, (), engine)) == expected
     for precision, target in (("int8", "openvino"), ("fp32", "onnxruntime")):
         assert not list(limitations_of(subject(), precision, {}, (), BUILT | {"target": target}))
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "shared"),
+    [
+        ("int8-dynamic", "onnxruntime", True),
+        ("int8-dynamic", "onnxruntime_mobile", True),
+        ("int8-dynamic", "executorch", False),
+        ("int8", "onnxruntime", False),
+    ],
+)
+def test_scales_that_the_rows_of_a_batch_share_are_a_limitation(precision, target, shared, monkeypatch):
+    monkeypatch.setattr("compressor.target.saturation.int8_saturates", lambda: False)
+    expected = ["outputs of a row alone"] if shared else []
+    assert features(limitations_of(subject(), precision, {}, (), BUILT | {"target": target})) == expected
+    known = {"result": Converted(precision, "compressor", 0.1)}
+    assert features(of_sweep(subject(), precision, target, known)) == expected
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,17 @@ def test_int8_follows_the_style_of_the_target(tmp_path: Path) -> None:
     assert (dynamic.nodes, dynamic.mode, dynamic.activations) == (1, "dynamic", "uint8")
 
 
+@pytest.mark.parametrize(("precision", "shared"), [("int8", False), ("int8-dynamic", True)])
+def test_rows_of_a_batch_share_their_scales_in_int8_dynamic_alone(tmp_path: Path, precision: str, shared: bool) -> None:
+    """So says a limitation: a row beside a much larger one loses its small values, unless the scale is a constant."""
+    path, x = mlp(tmp_path / "f.onnx"), normal(1, 5, K)
+    converted(path, precision)
+    alone = run(tmp_path / "out.onnx", x)[0]
+    beside = run(tmp_path / "out.onnx", np.concatenate([x, 50 * x]))[0]
+    error = np.linalg.norm(alone[0] - beside[0]) / np.linalg.norm(alone)
+    assert error > 0.1 if shared else error < 1e-6
+
+
 def test_options_are_passed_to_the_quantizer(tmp_path: Path) -> None:
     path, messages = mlp(tmp_path / "f.onnx"), list[str]()
     losses = iter([3.0, 0.2])
