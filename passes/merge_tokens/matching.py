@@ -9,7 +9,7 @@ product replaces gathers and scatters.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ LAST = 2**63 - 1
 FLOAT = {"dtype": torch.float32}
 # Cosines lie in [-1, 1]. Pairs of padding tokens rank above every real pair, mixed pairs below.
 PADDING_FIRST, NEVER, LAST_RANK = 4.0, -2.0, -1e9
-BEHIND_ALL = 2 * LAST_RANK
+BEHIND_ALL, STEP = -(2.0**31), 2.0**20  # padding of a row, in order of position; float32 holds these numbers exactly
 
 Count = Any  # int, or the node of a symbolic integer
 
@@ -39,13 +39,14 @@ class Stage:
 
     ``count`` is the number of remaining tokens, an integer or the node of a symbolic one. ``assign`` and ``mean`` are
     ``[B, new, old]``. ``sizes`` ``[B, new]`` is the number of original tokens in each, or None if tokens were only
-    dropped.
+    dropped. ``real`` ``[B, new]`` bool is False for padding; None without padding.
     """
 
     count: Count
     assign: fx.Node
     mean: fx.Node
     sizes: fx.Node | None
+    real: fx.Node | None = None
 
 
 class Links(NamedTuple):
@@ -131,7 +132,8 @@ def match(call: Call, features: fx.Node, protected: int, removed: Count, links: 
         index_a, index_b = _indices(call, _rank(call, best), partner, removed, _size(call, second))
     else:
         own = _sides(call, links.real, protected)
-        best = call(aten.where.ScalarOther, own[0], best, BEHIND_ALL)
+        behind = call(aten.add.Tensor, call(aten.mul.Tensor, _range(call, _size(call, best)), -STEP), BEHIND_ALL)
+        best = call(aten.where.self, own[0], best, behind)
         index_a, index_b = _indices_by_row(call, _rank(call, best), partner, removed, own, links.share)
     by_set = _behind_protected(call, call(aten.cat.default, [index_a, index_b], 1), protected)
     order = _original_order(call, _size(call, features), protected, _size(call, best))
@@ -161,7 +163,7 @@ def _indices_by_row(
     """Return the new indices as `_indices`, where each row merges a share of its own tokens.
 
     They are, in this order, the row's own tokens of A that are left, its own of B, and its padding of A and of B.
-    Padding of A may merge with a token of the row, on which it then has no weight (`merge`).
+    Padding of A merges with the last token of B. If that is no padding, it has no weight there (`merge`).
 
     Args:
         call: function that inserts a node.
@@ -173,7 +175,7 @@ def _indices_by_row(
     """
     ones = [call(aten.to.dtype, side, torch.float32) for side in own]
     own_a, own_b = (call(aten.sum.dim_IntList, side, [1], True) for side in ones)
-    mine = _removed_by_row(call, call(aten.add.Tensor, own_a, own_b), share)
+    mine = _removed_by_row(call, call(aten.maximum.default, own_a, own_b), share)
     of_padding = call(aten.add.Tensor, call(aten.neg.default, mine), removed)
     merged = call(aten.where.self, own[0], mine, call(aten.add.Tensor, own_a, of_padding))
     behind = call(aten.add.Tensor, call(aten.neg.default, own_b), removed)
@@ -185,17 +187,21 @@ def _indices_by_row(
     kept = minus(call, _size(call, rank), removed)
     later = call(aten.add.Tensor, call(aten.sub.Tensor, position, before), call(aten.add.Tensor, own_b, kept))
     index_b = call(aten.where.self, own[1], first, later)
-    linked = call(aten.gather.default, call(aten.constant_pad_nd.default, index_b, [0, 1], 0.0), 1, partner)
+    found = call(aten.constant_pad_nd.default, index_b, [0, 1], 0.0)
+    last = call(aten.amax.default, found, [1], True)
+    linked = call(aten.where.self, own[0], call(aten.gather.default, found, 1, partner), last)
     return call(aten.where.self, call(aten.lt.Tensor, rank, merged), linked, unmerged), index_b
 
 
-def _removed_by_row(call: Call, free: fx.Node, share: float) -> fx.Node:
-    """Compute `removed_in_pairs` of counts ``[B, 1]``, in integers."""
-    half = call(aten.floor_divide.default, call(aten.add.Tensor, call(aten.to.dtype, free, torch.int64), 1), 2)
-    odd = call(aten.sub.Tensor, call(aten.mul.Tensor, half, 2), 1)
-    parts = call(aten.mul.Tensor, odd, round(share * 1000))
+def _removed_by_row(call: Call, half: fx.Node, share: float) -> fx.Node:
+    """Compute `removed_in_pairs` of rows with ``half`` ``[B, 1]`` pairs, a token without another as one; in integers.
+
+    A row of padding alone removes none.
+    """
+    odd = call(aten.sub.Tensor, call(aten.mul.Tensor, half, 2.0), 1.0)
+    parts = call(aten.mul.Tensor, call(aten.to.dtype, odd, torch.int64), round(share * 1000))
     found = call(aten.to.dtype, call(aten.floor_divide.default, parts, 1000), torch.float32)
-    return call(aten.clamp_min.default, found, 0.0)  # a row of padding alone
+    return call(aten.clamp_min.default, found, 0.0)
 
 
 def _sides(call: Call, value: fx.Node, protected: int) -> tuple[fx.Node, fx.Node]:
@@ -249,12 +255,16 @@ def _separate_padding(call: Call, scores: fx.Node, real: fx.Node, protected: int
 
 
 def _rank(call: Call, values: fx.Node) -> fx.Node:
-    """Return the rank of each value ``[B, N]`` in descending order, ties in order of position."""
+    """Return the rank of each value ``[B, N]`` in descending order, ties in order of position.
+
+    No value is compared with itself, so that rounding errors of the two sides change no rank where nothing ties.
+    """
     own, other = call(aten.unsqueeze.default, values, 2), call(aten.unsqueeze.default, values, 1)
     index = _range(call, _size(call, values))
-    earlier = call(aten.lt.Tensor, index, call(aten.unsqueeze.default, index, 1))
-    ties = call(aten.logical_and.default, call(aten.eq.Tensor, other, own), earlier)
-    ahead = call(aten.logical_or.default, call(aten.gt.Tensor, other, own), ties)
+    column = call(aten.unsqueeze.default, index, 1)
+    before = call(aten.logical_and.default, call(aten.ge.Tensor, other, own), call(aten.lt.Tensor, index, column))
+    behind = call(aten.logical_and.default, call(aten.gt.Tensor, other, own), call(aten.gt.Tensor, index, column))
+    ahead = call(aten.logical_or.default, before, behind)
     return call(aten.sum.dim_IntList, call(aten.to.dtype, ahead, torch.float32), [-1])
 
 
@@ -301,6 +311,20 @@ def merge(
     weighted = call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, weights, 1))
     norm = call(aten.sum.dim_IntList, weighted, [-1], True)
     return Stage(count, assign, call(aten.div.Tensor, weighted, norm), total)
+
+
+def with_padding(call: Call, stage: Stage, real: fx.Node) -> Stage:
+    """Return a stage that knows which of its tokens are padding: those of nothing else.
+
+    Args:
+        call: function that inserts a node.
+        stage: the stage.
+        real: ``[B, old]`` bool, False for padding.
+    """
+    dtype = value_of(stage.assign).dtype
+    own = call(aten.unsqueeze.default, call(aten.to.dtype, real, dtype), 2)
+    count = call(aten.squeeze.dim, call(aten.matmul.default, stage.assign, own), 2)
+    return replace(stage, real=call(aten.gt.Scalar, count, 0.5))
 
 
 def keep(call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:

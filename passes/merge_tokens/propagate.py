@@ -284,7 +284,12 @@ class ReductionPropagator:
         if fitted is not table:
             replace_input(self.graph, node, table, fitted)
         if self.attended is not None:
-            self.attended = self.attended._replace(real=self.masks.real(node, table, fitted))
+            self.attended = self.attended._replace(real=self._real(node, table, fitted, flow.stage))
+
+    def _real(self, node: fx.Node, table: fx.Node, mask: fx.Node, stage: int) -> fx.Node | None:
+        """Return ``[B, N]`` bool, False for padding; None without padding. A stage knows it without rounding."""
+        known = self.past.done[stage - 1].real if stage else None
+        return self.masks.real(node, table, mask) if known is None else known
 
     # ----------------------------------------------------------------------------------------------------- attention
 
@@ -362,7 +367,7 @@ class ReductionPropagator:
             shift = rank - self.rank[table]
             wide = [pair for pair in flow.tokens if pair[0] >= shift and self.before[table][pair[0] - shift] != 1]
             mask = self.masks.fit(node, table, replace(flow, tokens=tuple(wide)), rank)
-            real = self.masks.real(node, table, mask)
+            real = self._real(node, table, mask, flow.stage)
             mask = None if flow.stage and self.masks.known[table].empty else mask
         starts = dict(flow.tokens)
         bias = self.past.log_sizes(node, flow.stage, starts[rank - 1]) if rank - 1 in starts else None
@@ -389,6 +394,8 @@ class ReductionPropagator:
             )
         users, call = list(root.users), self.past.call(root.next)
         stage = insert_reduction(call, root, self.amounts[root.name], self.attended, self.past)
+        if self.attended.real is not None:
+            stage = arithmetic.with_padding(call, stage, self.attended.real)
         self.past.done.append(stage)
         reduced = call(aten.matmul.default, stage.mean, root)
         for user in users:
