@@ -297,8 +297,9 @@ def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | Non
     type=click.Choice(("deit", "large", "methods")),
     help="Part to measure; repeatable.  [default: all]",
 )
+@click.option("--case", "cases", type=click.Choice(tuple(CASES)), multiple=True, help="Cases of part methods.  [all]")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed bursts per engine.")
-def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
+def main(data_root: Path, chosen: tuple[str, ...], cases: tuple[str, ...], rounds: int) -> None:
     """Measure token merging and write results/tokens.json; results of other parts are kept."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     steps = Steps(Console(stderr=True))
@@ -312,9 +313,9 @@ def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
         click.echo(large.model, err=True)
         results.setdefault("large", {})[large.model] = timed(large, rounds, steps)
         _write(results)
-    for name, case in CASES.items() if "methods" in chosen or not chosen else ():
+    for name in (cases or CASES) if "methods" in chosen or not chosen else ():
         click.echo(name, err=True)
-        results.setdefault("methods", {})[name] = methods(case, where, steps)
+        results.setdefault("methods", {})[name] = methods(CASES[name], where, steps)
         _write(results)
 
 
