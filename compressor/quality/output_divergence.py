@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -81,7 +81,8 @@ class OutputDivergence:
 
     The outputs of the original are kept in memory (for language models at `POSITIONS` tokens per text); activations are
     not. The divergence is taken at the best scale of the head, or without scaling if `scaled` is false. `sweeps` counts
-    forward passes over the samples, each weighted by the share of the graph's nodes that run in one process.
+    forward passes over the samples, each weighted by the share of the graph's nodes that run in one process. `progress`
+    is called with the finished and all parts of a measurement, and the number of graphs in it.
 
     Raises:
         EvaluationError: the output of the original contains NaN or infinity.
@@ -93,6 +94,7 @@ class OutputDivergence:
     executor: Executor = field(default_factory=InProcess)
     scaled: bool = True
     sweeps: float = 0.0
+    progress: Callable[[int, int, int], None] | None = None
 
     def __post_init__(self) -> None:
         head = head_for(self.model.task, self.model.problem_type)
@@ -118,9 +120,11 @@ class OutputDivergence:
         batches = zip(self._feeds, self._originals, strict=True)
         calls = ((part, *batch) for batch in batches for part in parts)
         found: dict[Key | None, list[Array]] = {key: [] for key in (None, *variants)}
-        for divergences in self.executor.run(self.compared.divergences, calls):
+        for done, divergences in enumerate(self.executor.run(self.compared.divergences, calls), 1):
             for key, rows in divergences.items():
                 found[key].append(rows)
+            if self.progress is not None:
+                self.progress(done, len(self._originals) * len(parts), len(variants))
         self.sweeps += forks.share
         best = {key: _at_best_scale(np.concatenate(parts)) for key, parts in found.items()}
         return best[None], {key: best[key] for key in variants}

@@ -287,7 +287,13 @@ def _measured(
 def run_search(search: Search, steps: Steps, enough: float = math.inf) -> None:
     """Run a search until it ends or the predicted speed-up reaches `enough`, and show its progress."""
     with steps.step("search") as tick:
+
+        def measuring(done: int, total: int, count: int) -> None:
+            tick(done, total, f"{len(search.steps)} changed, measuring the effects of {count} changes")
+
         search.progress = lambda text: tick(text=text)
+        for effects in filter(None, (search.effects, search.preview)):
+            effects.progress = measuring
         search.run(enough)
 
 

@@ -43,13 +43,15 @@ def test_divergence_is_measured_at_the_best_scale_on_top_of_earlier_drops(most):
     model, graph, sites, split = small(spread())
     split.most = most
     effects = OutputDivergence(graph, model, split)
-    best = set()
+    best, seen, batches = set(), [], len(list(tensor_batches(split)))
+    effects.progress = lambda *counts: seen.append(counts)
     for skip in ([], [sites[0]], [sites[1], sites[2]]):
         main = dropped(graph, skip)
         variants = {site.name: dropped(graph, [*skip, site]) for site in sites if site not in skip}
         base, measured = effects.measure(main, variants)
         assert base == pytest.approx(divergences(graph, main, split, SCALES).min(), abs=SUMS)
         assert list(measured) == list(variants)
+        assert seen[-batches:] == [(done, batches, len(variants)) for done in range(1, batches + 1)]
         for name, variant in variants.items():
             expected = divergences(graph, variant, split, SCALES)
             best.add(SCALES[expected.argmin()])

@@ -1,5 +1,6 @@
 """Greedy search: compared with an exhaustive greedy search, on planted effects and on real models."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -567,6 +568,28 @@ def on_a_small_model(limit=40.0):
 
 
 once = functools.cache(lambda begin: begin())
+
+
+class Recorded(Steps):
+    """Steps that record what their progress bars show."""
+
+    @contextlib.contextmanager
+    def step(self, name):
+        self.shown = []
+        yield lambda done=None, total=None, text="": self.shown.append((done, total, text))
+
+
+def test_a_search_shows_how_far_a_measurement_is():
+    model, graph, sites, split = small(spread(0.1))
+    steps = Recorded(None)
+    search = begun(model, graph, sites, dataclasses.replace(split, most=8), DROPS, 40.0)
+    planner.run_search(search, steps)
+    measured = [(done, total) for done, total, text in steps.shown if "measuring the effects" in text]
+    assert measured[:3] == [(1, 3), (2, 3), (3, 3)]  # 24 samples in batches of 8
+    assert steps.shown[0][2] == f"0 changed, measuring the effects of {len(sites)} changes"
+    assert any("validation loss" in text for done, _, text in steps.shown if done is None)
+
+
 DROPS, ALL = ("drop",), ("drop", "constant", "scale", "low-rank:4", "linear", "fuse")
 
 
