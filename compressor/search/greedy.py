@@ -233,7 +233,7 @@ class Search:
         for step in self.steps[kept:]:
             if merges(step.action):
                 again.refused[step.unit, step.action] = (
-                    f"{step.action} left out: no plan with merged tokens held on samples that the search did not see"
+                    f"{step.action} left out: samples that the search did not see refused most of the plan with it"
                 )
         again.exceeded = {}
         again.failures = {kind: ratio for kind, ratio in self.failures.items() if not kind[1]}

@@ -1,4 +1,4 @@
-"""Search again without merged tokens, where samples that the search never saw refuse every plan that merges.
+"""Search again without merged tokens, where samples that the search never saw refuse most of a plan that merges.
 
 Merged tokens move the output little for what they save, so a search takes them early. On sentence embeddings they cost
 several times as much of the rank correlation as other changes of that divergence, and a plan keeps its first changes to
@@ -17,16 +17,17 @@ from compressor.search.planner import Choice, choice_of, run_search
 from compressor.workspace.progress import Steps
 
 FACTS = "without_merges"
+KEPT = 0.5  # share of what a search saves that the decision keeps at least, or else there is a second search
 
 
 def strongest(choice: Choice, decision: Decision, steps: Steps) -> Choice:
     """Return the strongest plan that holds on the decision split, of one search or of two.
 
-    The second one begins before the first merge. It is run where the first search merged tokens and no plan that merges
-    holds, and its plan is taken if that is predicted to be faster. `Choice.facts` then has ``without_merges`` with the
-    number of changes ``found`` and ``chosen`` of the second search, whether it is ``kept``, and the ``trials`` of the
-    other search. A search for a given speed-up is not run again, nor one with a confidence, whose tests are planned for
-    one path.
+    The second one begins before the first merge. It is run where the first search merged tokens and less than `KEPT` of
+    what it saves holds, and its plan is taken if that is predicted to be faster. `Choice.facts` then has
+    ``without_merges`` with the number of changes ``found`` and ``chosen`` of the second search, whether it is ``kept``,
+    and the ``trials`` of the other search. A search for a given speed-up is not run again, nor one with a confidence,
+    whose tests are planned for one path.
 
     Args:
         choice: all changes of the search.
@@ -53,9 +54,11 @@ def strongest(choice: Choice, decision: Decision, steps: Steps) -> Choice:
 
 
 def _refused(chosen: Choice, search: Search) -> bool:
-    """Return whether a search merged tokens, and the chosen plan has none of its merges."""
-    merged = [number for number, step in enumerate(search.steps, 1) if merges(step.action)]
-    return bool(merged) and chosen.count < merged[0]
+    """Return whether a search merged tokens, and the decision refused most of what it saves."""
+    if not any(merges(step.action) for step in search.steps):
+        return False
+    saved, held = (1.0 - 1.0 / speedup for speedup in (search.speedup, chosen.facts["predicted_speedup"]))
+    return held < KEPT * saved
 
 
 def sentences(facts: Mapping[str, Any]) -> list[str]:
@@ -63,7 +66,9 @@ def sentences(facts: Mapping[str, Any]) -> list[str]:
     if FACTS not in facts:
         return []
     again = facts[FACTS]
-    start = "Every plan with merged tokens lost too much on samples that the search did not see, so it was run again"
+    start = (
+        "Samples that the search did not see refused most of its plan with merged tokens, so it was run again without"
+    )
     if again["kept"]:
-        return [f"{start} without them, and its plan is the one that ships."]
-    return [f"{start} without them; it found no faster plan ({again['chosen']} of its {again['found']} changes hold)."]
+        return [f"{start} them, and this plan ships, which is predicted to be faster."]
+    return [f"{start} them; {again['chosen']} of its {again['found']} changes hold, which is no faster."]

@@ -46,7 +46,7 @@ def test_the_second_search_is_that_of_a_search_without_merges(monkeypatch, first
     assert [step.divergence for step in again.steps] == pytest.approx([step.divergence for step in other.steps])
     assert (search.steps, search.refused) == (steps, refused)
     merged = next(step for step in steps if merges(step.action))
-    assert "no plan with merged tokens held" in again.refused[merged.unit, merged.action]
+    assert "refused most of the plan with it" in again.refused[merged.unit, merged.action]
 
 
 class Refusing:
@@ -93,8 +93,18 @@ def test_the_faster_plan_that_holds_is_taken(choice, merging, others):
     assert {trial.loss for trial in decision.trials} == {0.0 if kept else 9.0}
     assert {trial["loss"] for trial in told["trials"]} == {9.0}
     (sentence,) = sentences(found.facts)
-    assert ("its plan is the one that ships" in sentence) == kept
+    assert ("this plan ships" in sentence) == kept
     assert choice.search.steps[: choice.count] == choice.at(choice.count).search.steps
+
+
+@pytest.mark.parametrize("held", ["most", "little"])
+def test_only_a_plan_of_which_little_holds_is_searched_again(choice, held):
+    """The decision refuses the plan of all changes, or all plans but that of the first change."""
+    decision = Decision(Refusing(9.0, 9.0), 1.0)
+    calls = iter([9.0, 0.0] if held == "most" else [*(9.0 for _ in range(choice.count - 1)), *(0.0 for _ in range(99))])
+    decision.losses.loss = lambda graph, *, limit: Loss(next(calls), 40)
+    found = strongest(choice, decision, Steps(None))
+    assert ("without_merges" in found.facts) == (held == "little")
 
 
 def test_a_certificate_and_a_wished_speedup_keep_to_one_search(choice):
