@@ -8,7 +8,7 @@ from typing import Any
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
-    "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size output_channels",
+    "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size output_channels crop_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
     "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",

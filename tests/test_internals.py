@@ -557,7 +557,7 @@ def written(architecture):
         return write_onnx.lower(graph, model, Path(folder, "model.onnx")).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["rules_by_operator", "one_registry"])
+@pytest.mark.parametrize("name", ["rules_by_operator", "exact_constants", "one_registry"])
 @pytest.mark.parametrize("architecture", ["vit_swiglu", pytest.param("hf_bert", marks=pytest.mark.slow)])
 def test_the_exporter_writes_the_same_file_without_the_private_api(name, architecture, tmp_path, monkeypatch):
     ours = written(architecture)

@@ -26,10 +26,13 @@ from transformers.vision_utils import _interpolation_axis_taps_weights as interp
 
 Value = TypeVar("Value")
 
-GRIFFIN = "RecurrentGemmaRglru._rnn_scan"  # the recurrence of RecurrentGemma; without it, its loop cannot be traced
+# The recurrences of RecurrentGemma and MiniMax; without them, a loop in Python is traced for one number of tokens.
+GRIFFIN = "RecurrentGemmaRglru._rnn_scan"
+LIGHTNING = "MiniMaxLightningAttention.forward"
 
 __all__ = [
     "GRIFFIN",
+    "LIGHTNING",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
     "WEIGHTS_INDEX_NAME",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from compressor.models import Model
 
 PREFIX = "model."
+_FIXED = re.compile(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)")
 
 
 class TraceError(CompressorError):
@@ -135,6 +136,11 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 def _explain(model: Model, error: Exception) -> str:
     """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
     reason = _reason(model, str(error)) or type(error).__name__
+    if model.preprocess.kind == "text" and _axis(model, str(error)).endswith("sequence"):
+        return (
+            f"{model.name} could not be traced by torch.export ({reason}), as a loop in Python over the tokens or a "
+            "list of them does; Compressor needs a forward pass for any number of tokens, and no option changes that."
+        )
     if model.sizes:
         return (
             f"{model.name} could not be traced by torch.export with dynamic height and width ({reason}); give "
@@ -147,8 +153,16 @@ def _explain(model: Model, error: Exception) -> str:
     )
 
 
+def _axis(model: Model, text: str) -> str:
+    """Return the name of the axis that an error of torch.export calls fixed, such as ``sequence``; empty for others."""
+    fixed = _FIXED.search(text)
+    if fixed is None:
+        return ""
+    return model.dynamic_axes[model.inputs[int(fixed[1])]].get(int(fixed[2]), "")
+
+
 def _reason(model: Model, text: str) -> str:
-    fixed = re.search(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)", text)
+    fixed = _FIXED.search(text)
     if fixed:
         position, axis, size = (int(number) for number in fixed.groups())
         return f"the code fixes axis {axis} of input {model.inputs[position]} to {size}"

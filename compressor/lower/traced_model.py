@@ -23,7 +23,7 @@ from compressor.lower.self_parity import check_self_parity
 from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
-from compressor.models.base import first_line
+from compressor.models.base import UndetectedCacheError, first_line
 from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
@@ -127,18 +127,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             it has no sites, its outputs are random, or its traced graph computes something else.
     """
     with steps.step("load the model"):
-        model = models.load(
-            settings.model,
-            task=settings.task,
-            problem_type=settings.problem_type,
-            revision=settings.revision,
-            random_weights=settings.random_weights,
-            trust_remote_code=settings.trust_remote_code,
-            example_inputs=settings.example_inputs,
-            on_disk=settings.max_memory is not None,
-            cache=settings.cache,
-            image_size=settings.pixels,
-        )
+        model = _load_model(settings)
     if settings.merge_decoder and not model.is_encoder_decoder:
         raise SubjectError(
             f"--merge-decoder merges the files of the decoder of an encoder-decoder, and the task of {model.name} is "
@@ -179,6 +168,38 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
+
+
+def _load_model(settings: Settings) -> Model:
+    """Load the model of the settings.
+
+    A refusal that names `--no-cache` is only passed on if the model can be traced without its cache.
+
+    Raises:
+        CompressorError: the model cannot be loaded, or its cache is not found.
+    """
+    try:
+        return models.load(
+            settings.model,
+            task=settings.task,
+            problem_type=settings.problem_type,
+            revision=settings.revision,
+            random_weights=settings.random_weights,
+            trust_remote_code=settings.trust_remote_code,
+            example_inputs=settings.example_inputs,
+            on_disk=settings.max_memory is not None,
+            cache=settings.cache,
+            image_size=settings.pixels,
+        )
+    except UndetectedCacheError as error:
+        try:
+            trace_with_guards(error.uncached)
+        except CompressorError as without:
+            raise SubjectError(
+                f"the KV cache of {error.uncached.name} could not be detected ({error.reason}), and --no-cache does "
+                f"not help: {without}"
+            ) from without
+        raise
 
 
 def without_image_tokens(graph: Graph, model: Model, settings: Settings) -> Graph:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import CompressorError
-from compressor.internals.onnxscript import rules_by_operator
+from compressor.internals.onnxscript import exact_constants, rules_by_operator
 from compressor.internals.torch_onnx import decomposed_by, one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
@@ -108,7 +108,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     """
     graph = _with_flat_attention(graph)
     try:
-        with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
+        with _quiet(), torch.no_grad(), one_registry(), rules_by_operator(), exact_constants():
             program = _translated(graph, model)
             _check_dynamic_axes(program.model, model)
             streamed = stream_offloaded_initializers(program.model)

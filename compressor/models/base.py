@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
+RECOMPUTES = "so every new token recomputes the whole text"
 PER_IMAGE = "logits_per_image"  # [images, texts]: the similarities of a model with two towers
 _UNREACHABLE = "the hub cannot be reached and no copy is cached; connect to the network, or pass a downloaded folder"
 
@@ -205,6 +206,23 @@ class Model:
                 f"({first_line(error)}); check its config."
             ) from error
         return int(outputs[self.outputs.index(self.answer)].shape[axis])
+
+
+class UndetectedCacheError(ModelError):
+    """A language model whose KV cache is wanted but cannot be detected.
+
+    Attributes:
+        reason: what was found, a clause without a full stop.
+        uncached: the model as `--no-cache` exports it.
+    """
+
+    def __init__(self, reason: str, uncached: Model) -> None:
+        super().__init__(
+            f"the KV cache of {uncached.name} could not be detected: {reason}; pass --no-cache to export without a "
+            f"cache, {RECOMPUTES}."
+        )
+        self.reason = reason
+        self.uncached = uncached
 
 
 def fixed_size(images: torch.Tensor) -> Limitation:

@@ -201,10 +201,33 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
             )
         raise ModelError(
             f"{location} is a {architecture}, a head that is not supported; expected one of "
-            f"{', '.join(f'...{ending}' for ending in HEADS)}, or pass --task {features} to export the model without "
-            "its head."
+            f"{', '.join(f'...{ending}' for ending in HEADS)}, or {_without_head(config, architecture, features)}."
         )
     return features
+
+
+def _without_head(config: Any, architecture: str, features: str) -> str:
+    """Return what to do with a model whose head is not supported: a clause without a full stop.
+
+    Some automatic models are the class with the head. It can then be exported if it takes token ids alone.
+    """
+    made = made_by(transformers.AutoModel, config)
+    bare = any(kind.__name__ != architecture for kind in made) and not getattr(config, "is_encoder_decoder", False)
+    if bare or hasattr(config, "auto_map"):
+        return f"pass --task {features} to export the model without its head"
+    if any(_takes_ids_alone(kind, config) for kind in made if kind.__name__ == architecture):
+        return f"pass --task {features} to export the first output of the model as it is"
+    return (
+        "pass it as a module of your own, package.module:factory, whose forward takes tensors and returns the output "
+        "that you need, as no model of transformers has its features without that head"
+    )
+
+
+def _takes_ids_alone(kind: Any, config: Any) -> bool:
+    """Return whether the main input of a class is token ids of a known vocabulary, and it reads no images or sound."""
+    taken = inspect.signature(kind.forward).parameters
+    other = any(name in taken for name in (*SOUND, image.INPUT))
+    return main_input(kind) == "input_ids" and not other and hasattr(config.get_text_config(), "vocab_size")
 
 
 def _reads_sound_and_texts(architecture: str) -> bool:

@@ -151,8 +151,18 @@ def text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
 
 
 def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> dict[str, torch.Tensor]:
-    """Return two rows of tokens, the second with padding, so that the mask is not constant."""
-    vocabulary = module.config.get_text_config().vocab_size
+    """Return two rows of tokens, the second with padding, so that the mask is not constant.
+
+    Raises:
+        ModelError: the config has no size of the vocabulary.
+    """
+    vocabulary = getattr(module.config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise ModelError(
+            f"the config of a {type(module).__name__} has no vocab_size, from which the token ids of the example are "
+            "drawn; add it to config.json, or pass the model as a module of your own, package.module:factory, with "
+            "example inputs."
+        )
     tokens = EXAMPLE_TOKENS if longest is None else min(EXAMPLE_TOKENS, longest)
     ids = torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, first_line
+from compressor.models.base import RECOMPUTES, Model, UndetectedCacheError, first_line
 from compressor.models.text.probe import TOKENS, calling, computes_with, text
 
 Feeds = dict[str, npt.NDArray[Any]]
@@ -32,7 +32,6 @@ PAST_TOKENS = 5  # cache length of the example; torch.export treats the sizes 0 
 # Name of the cache in the arguments and outputs of a decoder: since transformers 5.24, and in earlier releases.
 CACHE_NAMES = ("cache", "past_key_values")
 MATRIX = 4  # axes of keys and values
-RECOMPUTES = "so every new token recomputes the whole text"
 LEFT_OUT = Limitation("KV cache", f"left out by --no-cache, {RECOMPUTES}")
 NEVER = Limitation("KV cache", f"the class of transformers has none, {RECOMPUTES}")
 STATES = ("use_cache", *CACHE_NAMES, "mems", "state")  # arguments with which a class is given what it computed before
@@ -222,19 +221,17 @@ def with_cache(model: Model, wanted: bool) -> Model:
     """Return a language model with its KV cache as additional inputs and outputs, or without one if not `wanted`.
 
     Raises:
-        ModelError: the cache is wanted but cannot be detected.
+        UndetectedCacheError: the cache is wanted but cannot be detected.
     """
+    uncached = replace(model, limitations=(*model.limitations, LEFT_OUT))
     if not wanted:
-        return replace(model, limitations=(*model.limitations, LEFT_OUT))
+        return uncached
     try:
         return detect_cache(model.module, model.inputs).of(model)
     except NoCacheError as error:
         if _never_caches(model.module):
             return replace(model, limitations=(*model.limitations, NEVER))
-        raise ModelError(
-            f"the KV cache of {model.name} could not be detected: {error}; pass --no-cache to export without a cache, "
-            "so that every new token recomputes the whole text."
-        ) from error
+        raise UndetectedCacheError(str(error), uncached) from error
 
 
 def _never_caches(module: Any) -> bool:

@@ -1,17 +1,18 @@
 """Recurrences over the tokens of a text as one operator, ``compressor::recurrence``.
 
-Mamba, Mamba-2, RecurrentGemma, gated delta networks and Kimi's delta attention keep a matrix S for each head, with a
-row for each entry of a key and a column for each entry of a value. Every token changes it,
+Mamba, Mamba-2, RecurrentGemma, lightning attention (MiniMax), gated delta networks and Kimi's delta attention keep a
+matrix S for each head, with a row for each entry of a key and a column for each entry of a value. Every token changes
+it,
 
     S <- diag(decay) S,    S <- S + key (value - rate (key S)),    output = query S,
 
-where the first three have no rate (0): Mamba's channels are the heads, with one value each. Transformers computes this
+where the first four have no rate (0): Mamba's channels are the heads, with one value each. Transformers computes this
 in a Python loop over the tokens, or over blocks of them, which torch.export writes out for one number of tokens. While
 a model is traced, its functions are therefore replaced by those of this module, which call the operator; in ONNX it is
 a Scan.
 
 Sources: Gu and Dao 2023 (arXiv:2312.00752), Dao and Gu 2024 (arXiv:2405.21060), De et al. 2024 (arXiv:2402.19427),
-Yang, Kautz and Hatamizadeh 2024 (arXiv:2412.06464).
+Yang, Kautz and Hatamizadeh 2024 (arXiv:2412.06464), Qin et al. 2024 (arXiv:2401.04658).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from compressor.internals.transformers import GRIFFIN, with_names
+from compressor.internals.transformers import GRIFFIN, LIGHTNING, with_names
 
 Tensor = torch.Tensor
 
@@ -97,6 +98,7 @@ def as_operators(module: torch.nn.Module) -> contextlib.AbstractContextManager[N
             "torch_chunk_gated_delta_rule": _delta_rule,
             "chunk_kimi_delta_attention": _delta_rule,
             GRIFFIN: _linear_scan,
+            LIGHTNING: _lightning_attention,
         },
     )
 
@@ -202,6 +204,25 @@ def _linear_scan(
     state = _zeros(values, 1) if recurrent_states is None else recurrent_states[..., None, None]
     output, last = recurrence(ones, ones, values, decay, None, state)
     return output[..., 0], last[..., 0, 0]
+
+
+def _lightning_attention(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute the forward of MiniMax's lightning attention without a cache, of hidden states [rows, tokens, width].
+
+    Transformers has no function for the recurrence alone, which it computes in blocks of 256 tokens. The mask, [rows,
+    tokens], is 0 at padding, whose keys and values are zero.
+    """
+    states = module.act_fn(module.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        states = states * attention_mask[:, :, None].to(states.dtype)
+    states = states.unflatten(-1, (module.num_attention_heads, 3 * module.head_dim))
+    query, key, value = states.split(module.head_dim, dim=-1)
+    decay = torch.exp(-module.slope_rate[:, :, 0]).expand(*value.shape[:3], 1)
+    output, last = recurrence(query, key, value, decay, None, _zeros(value, module.head_dim))
+    gate = torch.sigmoid(module.output_gate(hidden_states))
+    return module.out_proj(gate * module.norm(output.flatten(2))), last
 
 
 def _zeros(values: Tensor, keys: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Models and data that do not fit together are refused before anything is measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from PIL import Image
 
 from compressor import models
 from compressor.data.splits import Data
+from compressor.errors import CompressorError
 from compressor.lower import traced_model
+from compressor.lower.trace import TraceError
 from compressor.lower.traced_model import SubjectError
 from compressor.models import SAMPLE, Model
 from compressor.settings import Settings
+from compressor.workspace.progress import Steps
 
 
 class Answering(torch.nn.Module):
@@ -129,3 +133,24 @@ def test_class_names_of_a_table_or_array_that_are_not_as_many_are_refused(tmp_pa
         checked(model, tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", x=x, labels=np.array(["yes", "no", "maybe"] * 2))
     assert checked(model, tmp_path / "x.npz").limitations[0].feature == "class order"
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_a_refusal_names_no_cache_only_if_it_helps(kind: str, tmp_path: Path) -> None:
+    """The advice of the sentence is followed: the export that it names works, or none does and it says so."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+    sizes |= {"state_size": 4} if kind == "Mamba" else {"context_length": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "m")
+    settings = Settings(model=str(tmp_path / "m"), data="random", samples=12, drop="none")
+    without = replace(settings, cache=False)
+    with pytest.raises(CompressorError, match="the KV cache of m could not be detected") as refusal:
+        traced_model.load(settings, Steps(None))
+    if kind == "Mamba":
+        assert "; pass --no-cache to export without a cache, so every new token" in str(refusal.value)
+        assert len(traced_model.load(without, Steps(None)).sites) == 2
+        return
+    with pytest.raises(TraceError, match=r"for any number of tokens, and no option changes that\.$") as other:
+        traced_model.load(without, Steps(None))
+    assert str(refusal.value).endswith(f"and --no-cache does not help: {other.value}")

@@ -46,6 +46,34 @@ def test_the_file_has_the_stated_opset_names_and_free_batch_and_computes_what_to
     np.testing.assert_allclose(actual, run(graph, {"x": x})[0].numpy(), atol=1e-5)
 
 
+class Normalised(torch.nn.Module):
+    """A branch of rows of unit length; what is added and multiplied is close to 0 and to 1."""
+
+    def __init__(self, epsilon: float, factor: float) -> None:
+        super().__init__()
+        self.epsilon, self.factor = epsilon, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x * self.factor / ((x * x).sum(-1, keepdim=True).sqrt() - self.epsilon + 2 * self.epsilon)
+
+
+@pytest.mark.parametrize(("epsilon", "factor"), [(1e-8, 1.0), (1e-12, 1.0), (1e-30, 1.0), (0.0, 1 - 2**-18)])
+def test_numbers_close_to_0_and_1_stay_in_the_file(epsilon: float, factor: float, tmp_path: Path) -> None:
+    """The optimizer of onnxscript takes numbers within 1e-8 of 0 and within 1e-5 of 1 for 0 and 1."""
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    if epsilon:
+        x = torch.cat([torch.zeros(1, 8), x * epsilon])
+    module = Normalised(epsilon, factor)
+    model = load(module, example_inputs=torch.ones(2, 8))
+    path = lower(trace(model), model, tmp_path / "m.onnx")
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    # The order of a few operations on float32 of 24 bits; a factor of 1 - 2^-18 is 64 units in the last place.
+    np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-6, atol=0)
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count("Mul") == 1 + (factor != 1)
+
+
 def test_a_program_that_cannot_be_written_raises_and_does_not_end_the_process(tmp_path: Path) -> None:
     """The limit on the size of a file stands in for a full disk, at which torch's writer of files calls terminate."""
     model = load(Residual(), example_inputs=torch.zeros(2, 8))

@@ -376,6 +376,36 @@ def test_a_head_that_is_not_supported_is_refused_and_not_cut_off(tmp_path: Path,
     assert load(folder, task="feature-extraction").outputs == ("last_hidden_state",)
 
 
+HIGGS = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "vocab_size": 40, "codebook_size": 20}
+HIGGS |= dict.fromkeys(
+    ("pad_token_id", "bos_token_id", "eos_token_id", "audio_token_id", "audio_bos_token_id", "audio_delay_token_id"), 3
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "sizes", "works"),
+    [
+        ("HiggsAudioV2ForConditionalGeneration", "HiggsAudioV2Config", HIGGS, True),
+        ("MgpstrForSceneTextRecognition", "MgpstrConfig", {}, False),
+    ],
+)
+def test_a_refusal_of_a_head_names_task_only_if_it_helps(
+    tmp_path: Path, head: str, config: str, sizes: dict[str, int], works: bool
+) -> None:
+    """The automatic model of these types is the class with the head."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | sizes
+    folder = saved(tmp_path / "m", head, config, small)
+    with pytest.raises(ModelError, match=f"is a {head}, a head that is not supported; ") as refusal:
+        load(folder)
+    assert ("pass --task feature-extraction to export" in str(refusal.value)) == works
+    if works:
+        assert load(folder, task="feature-extraction").outputs == ("logits",)
+        return
+    assert ", or pass it as a module of your own, package.module:factory" in str(refusal.value)
+    with pytest.raises(ModelError, match="does not compute features"):
+        load(folder, task="image-feature-extraction")
+
+
 def sentence(folder: Path, pooling: str) -> Path:
     """Save a model with the files of sentence-transformers."""
     saved(folder, "BertModel", "BertConfig", SMALL)

@@ -8,6 +8,7 @@ import transformers
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.minimax import modeling_minimax
 from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.recurrent_gemma import modeling_recurrent_gemma
 
@@ -100,6 +101,25 @@ def test_the_recurrence_of_recurrent_gemma():
             found = scan(module, **values, reset=first, recurrent_states=state)
         for value, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(value, wanted, **CLOSE)
+
+
+def test_the_recurrence_of_minimax_takes_any_number_of_blocks():
+    config = transformers.MiniMaxConfig(
+        hidden_size=32, num_attention_heads=4, head_dim=8, num_hidden_layers=2, block_size=4,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = modeling_minimax.MiniMaxLightningAttention(config, 0).eval()
+    mask = torch.ones(ROWS, TOKENS)
+    mask[1, -2:] = 0
+    for tokens in (3, 8, TOKENS):  # less than a block of 4, two blocks, and two and a part
+        for padding in (None, mask[:, -tokens:]):
+            values = {"hidden_states": draw(ROWS, tokens, 32), "position_embeddings": None, "attention_mask": padding}
+            expected = module(**values)
+            with as_operators(module):
+                found = module(**values)
+            for value, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, wanted, **CLOSE)
 
 
 def scan(module, **values):
