@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.choices import GGUF, TRANSFORMERS
 from compressor.limitations import Limitation
-from compressor.quality.evaluate import BATCH
 from compressor.quality.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -317,8 +316,7 @@ def _of_shared_scales(precision: str, target: str) -> Iterator[Limitation]:
         yield Limitation(
             "outputs of a row alone",
             "ONNX Runtime computes one scale for the activations of a whole batch, so an output depends on the other "
-            f"rows of its batch; quality was measured in batches of at most {BATCH} samples, and latency at batch 1 "
-            "unless --batch says another",
+            "rows of its batch; quality was measured in batches, and latency at batch 1 unless --batch says another",
         )
 
 
