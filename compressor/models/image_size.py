@@ -128,8 +128,8 @@ def unused_pixels(call: Call, module: Any, channels: int, size: Size) -> Iterato
     if used != size and _ignores(call, module, pixels.detach(), used):
         yield Limitation(
             "pixels at the edge",
-            f"of {text(size)} pixels, only the first {text(used)} change the output; the sides are no multiples of the "
-            "patches of the model, which leaves out the rest: give --image-size with multiples",
+            f"of {text(size)} pixels, only the first {text(used)} change the output; it is so where the sides are no "
+            "multiples of a model's patches, which leaves out the rest: give --image-size with multiples",
         )
 
 
