@@ -163,9 +163,8 @@ class Search:
         Raises:
             PassError: the action cannot be applied to this unit.
         """
-        merging = merges(action)
         fits = None if action in PUBLISHED else fits  # published methods need a fit of their own, on all tokens
-        graph = self.graph if merging else self.rewriter.changed(self.graph, unit, action, fits)
+        graph = self.graph if merges(action) else self.rewriter.changed(self.graph, unit, action, fits)
         return graph, self.rewriter.reduced(graph, self.changes | self.rewriter.of_sites({unit: action}))
 
     def candidate(self, unit: str, action: str, fits: Fits | None = None) -> Graph:
@@ -237,12 +236,11 @@ class Search:
                 )
         again.exceeded = {}
         again.failures = {kind: ratio for kind, ratio in self.failures.items() if not kind[1]}
-        fronts = [replace(front.copy(), search=again) for front in (*self.fronts, self.front)]
-        again.restore(
-            Path(tuple(self.steps[:kept]), tuple(self.graphs[: kept + 1]), tuple(fronts[:kept]), fronts[kept])
+        *before, front = (
+            replace(front.copy(), search=again, candidates=[each for each in front.candidates if not merges(each[1])])
+            for front in (*self.fronts, self.front)[: kept + 1]
         )
-        for front in (*again.fronts, again.front):
-            front.candidates = [candidate for candidate in front.candidates if not merges(candidate[1])]
+        again.restore(Path(tuple(self.steps[:kept]), tuple(self.graphs[: kept + 1]), tuple(before), front))
         return again
 
     def milder(self, enough: float) -> None:

@@ -80,10 +80,10 @@ def removed_tokens(call: Call, count: Count, protected: int, amount: int | float
 
 
 def removed_in_pairs(call: Call, free: Count, share: float) -> Count:
-    """Return the number of removed tokens: a share of `free` unprotected ones, of even numbers of one less.
+    """Return the number of removed tokens, a share of the `free` unprotected ones, rounded down.
 
-    So it grows only where set A does, and a row with padding always has as many tokens of padding in A as it has to
-    remove beside its own.
+    An even number of tokens counts as one less, so that the result grows only where set A does. Then a row with padding
+    always has as many tokens of padding in A as it has to remove beside its own.
     """
     odd = call(operator.sub, call(operator.mul, call(operator.floordiv, call(operator.add, free, 1), 2), 2), 1)
     return call(operator.floordiv, call(operator.mul, odd, round(share * 1000)), 1000)
@@ -120,18 +120,21 @@ def match(call: Call, features: fx.Node, protected: int, removed: Count, links: 
     scores = call(aten.matmul.default, first, call(aten.transpose.int, second, 1, 2))
     if links.sizes is not None:
         scores = _less_size(call, scores, links.sizes, protected)
-    if links.real is not None:
-        scores = _separate_padding(call, scores, links.real, protected)
+    own = None if links.real is None else _sides(call, links.real, protected)
+    by_row = links.share is not None
+    if own is not None and by_row:  # padding in A is ranked by position below
+        scores = call(aten.where.ScalarOther, call(aten.unsqueeze.default, own[1], 1), scores, NEVER)
+    elif own is not None:
+        scores = _separate_padding(call, scores, own)
     if not isinstance(removed, int):  # a row of one free token has no set B
         scores = call(aten.constant_pad_nd.default, scores, [0, 1], 2 * NEVER)
     best, partner = call(aten.amax.default, scores, [-1]), call(aten.argmax.default, scores, -1)
     if links.received is not None:
         cost = _less_attended(call, best, _sides(call, links.received, protected)[0])
-        best = cost if links.real is None else _padding_first(call, best, cost)
-    if links.real is None or links.share is None:
+        best = cost if own is None or by_row else _padding_first(call, best, cost)
+    if own is None or links.share is None:
         index_a, index_b = _indices(call, _rank(call, best), partner, removed, _size(call, second))
     else:
-        own = _sides(call, links.real, protected)
         behind = call(aten.add.Tensor, call(aten.mul.Tensor, _range(call, _size(call, best)), -STEP), BEHIND_ALL)
         best = call(aten.where.self, own[0], best, behind)
         index_a, index_b = _indices_by_row(call, _rank(call, best), partner, removed, own, links.share)
@@ -244,10 +247,9 @@ def _zero(call: Call, vector: fx.Node) -> fx.Node:
     return call(aten.mul.Tensor, call(aten.amin.default, vector, [1], True), 0.0)
 
 
-def _separate_padding(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Node:
-    """Rank pairs of padding tokens first and pairs of a padding and a real token last."""
-    first, second = _sides(call, real, protected)
-    rows, columns = call(aten.unsqueeze.default, first, 2), call(aten.unsqueeze.default, second, 1)
+def _separate_padding(call: Call, scores: fx.Node, own: tuple[fx.Node, fx.Node]) -> fx.Node:
+    """Rank pairs of padding tokens first and pairs of a padding and a real token last; `own` is False for padding."""
+    rows, columns = call(aten.unsqueeze.default, own[0], 2), call(aten.unsqueeze.default, own[1], 1)
     padding = call(aten.to.dtype, call(aten.logical_not.default, columns), torch.float32)
     raised = call(aten.add.Tensor, scores, call(aten.mul.Tensor, padding, PADDING_FIRST))
     same = call(aten.logical_not.default, call(aten.logical_xor.default, rows, columns))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.models import SAMPLE, ModelError, load
 from compressor.models.base import first_line, hub_error_reason, load_error_reason
+from compressor.models.pretrained.text import _text_example
 
 FACTORIES = """
 import torch
@@ -580,3 +582,10 @@ def test_a_classifier_that_fails_on_its_own_sizes_is_refused_in_a_sentence(tmp_p
     model.module.vit.embeddings.position_embeddings = torch.nn.Parameter(torch.zeros(1, 3, 16))
     with pytest.raises(ModelError, match=r"fails on inputs of its own sizes, pixel_values \[2, 3, 16, 16\]"):
         model.classes()
+
+
+def test_a_config_without_the_size_of_its_vocabulary_is_refused():
+    """The token ids of the example are drawn from the vocabulary."""
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
+    with pytest.raises(ModelError, match=r"config of a SimpleNamespace has no vocab_size.*package\.module:factory"):
+        _text_example(SimpleNamespace(config=config), ("input_ids", "attention_mask"), None)
