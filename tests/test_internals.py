@@ -215,6 +215,21 @@ def test_fake_mode_computes_shapes_with_real_inputs():
     assert result.shape == (2, 5)
 
 
+def test_traces_without_stack_traces_are_the_same():
+    from passes.torch_internals import without_stack_traces
+
+    def exported():
+        return torch.export.export(Halves(), (torch.ones(6, 4),), strict=False).graph
+
+    whole = exported()
+    with without_stack_traces():
+        graph = exported()
+    assert [node.format_node() for node in graph.nodes] == [node.format_node() for node in whole.nodes]
+    assert any(node.stack_trace for node in whole.nodes)
+    assert not any(node.stack_trace for node in graph.nodes)
+    assert any(node.stack_trace for node in exported().nodes)
+
+
 def test_tree_leaves_of_nested_values():
     from passes.torch_internals import tree_leaves
 

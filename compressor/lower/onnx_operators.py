@@ -56,12 +56,12 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
         decomposition has an operator that is not kept, or a constant.
     """
     inputs, nodes = node.all_input_nodes, node.graph
+    if node.target is aten.reshape.default:
+        return _copied_and_viewed(node)
 
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        if node.target is aten.reshape.default:
-            return _reshaped(*args)  # type: ignore[arg-type]
         if node.target is aten.rsub.Scalar:
             return _subtracted(*args, **kwargs)  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -85,10 +85,17 @@ def _mode(node: fx.Node) -> contextlib.AbstractContextManager[Any]:
     return next((mode for mode in modes if mode is not None), contextlib.nullcontext())
 
 
-def _reshaped(values: torch.Tensor, shape: Any) -> torch.Tensor:
-    """Reshape through a copy, as the strides that were recorded may be wrong after an edit; ONNX has no strides."""
-    copy = aten.clone.default(values, memory_format=torch.contiguous_format)
-    return aten.view.default(copy, shape)  # type: ignore[no-any-return]
+def _copied_and_viewed(node: fx.Node) -> fx.Node:
+    """Insert a copy and a view of it for a reshape, as recorded strides may be wrong after an edit; ONNX has none."""
+    values, shape = node.args
+    with node.graph.inserting_before(node):
+        copy = node.graph.call_function(aten.clone.default, (values,), {"memory_format": torch.contiguous_format})
+        view = node.graph.call_function(aten.view.default, (copy, shape))
+    for call in (copy, view):
+        args = fx.node.map_arg(call.args, value_of)
+        with _mode(node), enable_python_dispatcher():
+            call.meta = {**node.meta, "val": call.target(*args, **call.kwargs)}  # type: ignore[operator]
+    return view
 
 
 def _subtracted(values: torch.Tensor, number: float, alpha: float = 1) -> torch.Tensor:

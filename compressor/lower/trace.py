@@ -20,7 +20,7 @@ from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
 from passes.rewrite.read_size import ReadSize
 from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
-from passes.torch_internals import is_mutable
+from passes.torch_internals import is_mutable, without_stack_traces
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
@@ -73,7 +73,13 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with suppress_output(), torch.no_grad(), as_operators(model.module), _symbolic_lengths(model.module):
+        with (
+            suppress_output(),
+            torch.no_grad(),
+            as_operators(model.module),
+            _symbolic_lengths(model.module),
+            without_stack_traces(),
+        ):
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             traced = program
             if any(is_mutable(node.target) for node in program.graph.nodes):

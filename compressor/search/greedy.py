@@ -29,6 +29,7 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
+RECORDED_AT_ONCE = 24  # drops measured at a time before the first change; an interrupted search keeps their values
 FINALISTS = 2  # candidates measured at a time on all samples, after they were the best on few
 REFINEMENTS = 3  # times that the last change is replaced by milder ones
 PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
@@ -527,7 +528,9 @@ class _Candidates:
         self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
         merged = [candidate for candidate in self.candidates if candidate[1] == MERGE]
         measure = self._measure if self.search.preview is None else self._preview
-        measure([*((name, "drop") for name in units), *merged])
+        first = [*((name, "drop") for name in units), *merged]
+        for start in range(0, len(first), RECORDED_AT_ONCE):
+            measure(first[start : start + RECORDED_AT_ONCE])
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:

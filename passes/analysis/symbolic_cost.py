@@ -141,10 +141,10 @@ class Counter:
                 elements += round(share * self._elements(value_of(node)))
         return Work(products, attention, elements, operators)
 
-    def _computed(self, graph: Graph) -> Collection[fx.Node]:
+    def _computed(self, graph: Graph) -> set[fx.Node]:
         """Return the nodes that the call computes. Reading a size of a value does not take the value."""
         if not self.given and not self.left_out:
-            return graph.nodes()
+            return set(graph.nodes())
         outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
         known = {outputs[name] for name in self.given if name in outputs}
         seen = {node for name, node in outputs.items() if name not in self.left_out and node not in known}

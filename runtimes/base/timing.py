@@ -19,6 +19,7 @@ from runtimes.base.protocols import Feeds, RuntimesError
 WARMUP_RUNS = 3
 MIN_RUNS = 5
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 2**20  # samples of a bootstrap in memory at a time
 
 
 class Timeable(Protocol):
@@ -131,13 +132,12 @@ def resampled_medians(
     interleave() are adjacent in time, so a slowdown common to all of them must not count as a difference.
     """
     rng = np.random.default_rng(seed)
-    bursts = [tuple(map(np.asarray, latency.samples_ms)) for latency in latencies]
-    medians = np.empty((len(bursts), resamples))
-    for i in range(resamples):
-        drawn = _draw(len(bursts[0]), rng)
-        for row, samples in enumerate(bursts):
-            paired = drawn if len(samples) == len(drawn) else _draw(len(samples), rng)
-            medians[row, i] = _median(samples, paired, rng)
+    together = len(latencies[0].samples_ms)
+    drawn = rng.integers(together, size=(resamples, together))
+    medians = np.empty((len(latencies), resamples))
+    for row, bursts in enumerate(latency.samples_ms for latency in latencies):
+        own = drawn if len(bursts) == together else rng.integers(len(bursts), size=(resamples, len(bursts)))
+        medians[row] = _medians(bursts, own, rng)
     return medians
 
 
@@ -232,14 +232,28 @@ def _repeat(step: Callable[[], None], *, seconds: float, fewest: int, most: floa
     return tuple(samples)
 
 
-def _draw(bursts: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Draw as many burst numbers as there are bursts, with replacement."""
-    return rng.integers(bursts, size=bursts)
+def _medians(
+    bursts: Sequence[Sequence[float]], drawn: npt.NDArray[np.int64], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Return the median of the drawn bursts ``[resamples, bursts]`` after resampling within each of them."""
+    counts = np.array([len(burst) for burst in bursts])
+    table = np.full((len(bursts), counts.max()), np.inf)
+    for row, burst in zip(table, bursts, strict=True):
+        row[: len(burst)] = burst
+    parts = np.array_split(drawn, math.ceil(len(drawn) * table.size / DRAWN_AT_ONCE))
+    return np.concatenate([_medians_at_once(table, counts, part, rng) for part in parts])
 
 
-def _median(
-    bursts: tuple[npt.NDArray[np.float64], ...], drawn: npt.NDArray[np.int64], rng: np.random.Generator
-) -> float:
-    """Return the median of the drawn bursts after resampling within each of them."""
-    resampled = [bursts[number][_draw(bursts[number].size, rng)] for number in drawn]
-    return float(np.median(np.concatenate(resampled)))
+def _medians_at_once(
+    table: npt.NDArray[np.float64],
+    counts: npt.NDArray[np.int64],
+    drawn: npt.NDArray[np.int64],
+    rng: np.random.Generator,
+) -> npt.NDArray[np.float64]:
+    """Return `_medians` of bursts ``[bursts, samples]``, filled with infinity behind the samples of each, `counts`."""
+    sizes = counts[drawn][..., np.newaxis]
+    places = rng.integers(0, sizes, size=(*drawn.shape, table.shape[1]))
+    values = np.where(np.arange(table.shape[1]) < sizes, table[drawn[..., np.newaxis], places], np.inf)
+    ordered = np.sort(values.reshape(len(drawn), -1))
+    total, rows = sizes.sum((1, 2)), np.arange(len(drawn))
+    return (ordered[rows, (total - 1) // 2] + ordered[rows, total // 2]) / 2.0  # type: ignore[no-any-return]

@@ -531,6 +531,28 @@ def test_an_interrupted_search_resumes_without_a_difference(tmp_path, part, afte
     assert sorted(first.previewed + second.previewed) == sorted(whole.previewed)
 
 
+@pytest.mark.usefixtures("without_liveness")
+def test_an_interrupt_before_the_first_change_keeps_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(greedy, "RECORDED_AT_ONCE", 4)
+    first, search = journaled(tmp_path / "plain")
+    measure, calls = first.measure, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    first.measure = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    assert [name for name, _ in first.measured] == [f"s{number}" for number in range(8)]
+    second, resumed = journaled(tmp_path / "plain")
+    resumed.run()
+    whole, uninterrupted = journaled(tmp_path / "whole plain")
+    uninterrupted.run()
+    assert sorted(first.measured + second.measured) == sorted(whole.measured)
+
+
 # ------------------------------------------------------------------------------------------------------- real models
 
 
