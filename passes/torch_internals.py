@@ -62,6 +62,7 @@ __all__ = [
     "storage_key",
     "tree_leaves",
     "tree_structure",
+    "uncached",
     "without_stack_traces",
 ]
 
@@ -183,6 +184,20 @@ def fake_mode(value: object) -> FakeTensorMode | None:
     Reads `FakeTensor.fake_mode`. Without it, values derived after an edit share no symbols with the traced ones.
     """
     return value.fake_mode if isinstance(value, FakeTensor) else None
+
+
+@contextlib.contextmanager
+def uncached(mode: FakeTensorMode) -> Iterator[None]:
+    """Enter a mode without its own cache of values, for callers that keep the values themselves.
+
+    Describing a value for the cache takes longer than most operators on symbolic sizes. Sets `cache_enabled`.
+    """
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        with mode:
+            yield
+    finally:
+        mode.cache_enabled = before
 
 
 def has_elements(tensor: torch.Tensor) -> bool:

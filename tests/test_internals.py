@@ -206,6 +206,20 @@ def test_python_dispatcher_broadcasts_traced_values(values):
     assert result.shape == values[0].shape
 
 
+def test_values_without_the_cache_of_their_mode_are_the_same(values):
+    from passes.torch_internals import fake_mode, uncached
+
+    mode = fake_mode(values[0])
+    cached = torch.ops.aten.gelu.default(values[0])
+    before = mode.cache_info()
+    with uncached(mode):
+        value = torch.ops.aten.gelu.default(values[0])
+    assert (value.shape, value.stride(), value.dtype) == (cached.shape, cached.stride(), cached.dtype)
+    assert mode.cache_info() == before
+    assert torch.ops.aten.gelu.default(values[0]).shape == value.shape
+    assert mode.cache_info() != before
+
+
 def test_fake_mode_computes_shapes_with_real_inputs():
     from passes.torch_internals import FakeTensorMode
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from passes.torch_internals import enable_python_dispatcher, expression, has_elements, is_mutable
+from passes.torch_internals import enable_python_dispatcher, expression, has_elements, is_mutable, uncached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -44,7 +44,8 @@ class FakeValues:
         """
         key = _key_of_call(target, args, kwargs)
         if key is None or key not in self._known:
-            with enable_python_dispatcher(), mode or contextlib.nullcontext():  # arange needs a mode, addcmul both
+            entered = contextlib.nullcontext() if mode is None else uncached(mode)
+            with enable_python_dispatcher(), entered:  # arange needs a mode, addcmul both
                 value = target(*args, **kwargs)
             if key is None:
                 return value
