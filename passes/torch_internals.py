@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -60,6 +61,7 @@ __all__ = [
     "storage_key",
     "tree_leaves",
     "tree_structure",
+    "uncompiled",
 ]
 
 
@@ -230,6 +232,11 @@ def generate_code(module: fx.GraphModule) -> fx.GraphModule:
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside the one that `torch.compile` returns; any other module as it is."""
+    return uncompiled(module._orig_mod) if isinstance(module, OptimizedModule) else module
 
 
 def forward_hooks(module: torch.nn.Module) -> tuple[Any, ...]:
