@@ -139,6 +139,13 @@ def _check_first_row(
     rows = len(next(iter(feeds.values())))
     if rows < 2:
         return
+    for name, value in reference.expected.items():
+        if len(value) == rows and alone[name].ndim != value.ndim:
+            raise BatchError(
+                f"{model.name} returns {name} with shape {list(alone[name].shape)} for a row alone, and with shape "
+                f"{list(value.shape)} for {rows} rows; expected the batch as first axis of both, so name the axis of "
+                "each squeeze in forward, such as x.squeeze(-1)."
+            )
     among = {
         name: value[:1] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
