@@ -110,11 +110,18 @@ def _state(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_weights(module: torch.nn.Module, label: str) -> None:
-    """Check that every weight and buffer is a dense tensor with values.
+    """Check that every weight and buffer is a dense tensor with values, and that the modules are written in Python.
 
     Raises:
-        ModelError: one is on the device meta, is of a lazy module that has not run, is sparse, or is quantized.
+        ModelError: one is on the device meta, is of a lazy module that has not run, is sparse, or is quantized; or a
+            module is a ScriptModule.
     """
+    for name, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{label}: {name or 'the module'} is a ScriptModule, which torch.export does not trace; return the "
+                "module in Python that it was made from."
+            )
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         lazy = is_lazy(value)
         if lazy or value.is_meta or value.layout != torch.strided:

@@ -159,6 +159,14 @@ def test_weights_that_torch_quantized_are_refused_and_other_state_is_not() -> No
     assert set(load(Stateful(4, 4), example_inputs=torch.ones(2, 4)).dtypes) == {"weight", "bias"}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_module_is_refused() -> None:
+    module = torch.jit.script(nn.Linear(4, 4).eval())
+    for inner, name in ((module, "the module"), (nn.Sequential(module), "0"), (torch.jit.freeze(module), "the module")):
+        with pytest.raises(ModelError, match=rf": {name} is a ScriptModule, which torch.export does not trace; return"):
+            load(inner, example_inputs=torch.ones(2, 4))
+
+
 def test_a_compiled_module_is_the_module_in_it() -> None:
     module, x = Returning(lambda y, x: y), torch.rand(2, 4)
     module.inner = torch.compile(module.inner)  # type: ignore[assignment]
