@@ -165,3 +165,13 @@ def test_a_batch_axis_that_is_lost_at_one_row_is_named(outputs: tuple[str, ...])
     found = rf"returns {outputs[-1]} with shape \[\d+\] for a row alone, and with shape \[3, \d+\] for 3 rows; expected"
     with pytest.raises(BatchError, match=found):
         check_self_parity(model, trace(model), ROWS)
+
+
+def test_a_module_that_fails_on_one_row_is_refused() -> None:
+    class Normed(Branch):
+        def changed(self, x: torch.Tensor) -> torch.Tensor:
+            return F.batch_norm(x, None, None, training=True)
+
+    model = models.load(Normed(), example_inputs=ROWS["x"][:2])
+    with pytest.raises(BatchError, match=r"several rows, but fails on a row alone \(ValueError: Expected more than 1"):
+        check_self_parity(model, trace(model), ROWS)
