@@ -408,6 +408,12 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
             f"{data.source} has sets of {labels[0].shape[1]} labels, but {model.name} has {classes}; give a column for "
             "each label of the model, in its order."
         )
+    numbers = [part.size // max(1, len(part)) for part in labels]
+    if data.label_kind == "score" and model.problem_type == "regression" and any(each != classes for each in numbers):
+        raise SubjectError(
+            f"{data.source} has one number for each sample, but {model.name} predicts {classes}, of which no labels "
+            "are read; give the data without labels, to compare the result with the original."
+        )
     largest = data.calibration.samples.largest_class
     if data.label_kind == "class":
         largest = max(int(part.max()) for part in labels)

@@ -156,6 +156,16 @@ def test_a_refusal_names_no_cache_only_if_it_helps(kind: str, tmp_path: Path) ->
     assert str(refusal.value).endswith(f"and --no-cache does not help: {other.value}")
 
 
+def test_one_score_for_a_regression_of_two_numbers_is_refused(tmp_path: Path) -> None:
+    model = replace(models.load(Answering(2), example_inputs=torch.zeros(2, 4)), problem_type="regression")
+    values = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
+    np.savez(tmp_path / "one.npz", x=values, labels=values[:, 0])
+    with pytest.raises(SubjectError, match=r"has one number for each sample, but Answering predicts 2, of which"):
+        checked(model, tmp_path / "one.npz")
+    np.savez(tmp_path / "none.npz", x=values)
+    assert len(checked(model, tmp_path / "none.npz").test) > 0
+
+
 def test_a_classifier_that_does_not_pool_its_tokens_is_refused_and_its_features_are_not(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": ""}
