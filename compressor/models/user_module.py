@@ -320,10 +320,10 @@ def _by_position(module: torch.nn.Module, example_inputs: Any) -> bool:
     if isinstance(example_inputs, dict):
         return False
     given = len(example_inputs) if isinstance(example_inputs, tuple | list) else 1
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    return all(
-        kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds[:given]
-    )
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()][:given]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # *args, which takes all that follow
+        kinds = kinds[: kinds.index(inspect.Parameter.VAR_POSITIONAL)]
+    return all(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
 
 def _called(module: torch.nn.Module, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
@@ -443,7 +443,11 @@ def _name_inputs(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, 
     if isinstance(inputs, dict):
         return {str(key): value for key, value in inputs.items()}
     values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    names = list(inspect.signature(module.forward).parameters)
+    names: list[str] = []
+    for parameter in inspect.signature(module.forward).parameters.values():
+        repeated = parameter.kind is inspect.Parameter.VAR_POSITIONAL  # wrappers such as DataParallel take *inputs
+        rest = range(len(values) - len(names))
+        names += [f"{parameter.name}_{index}" for index in rest] if repeated else [parameter.name]
     if len(values) > len(names):
         raise ModelError(
             f"{label} has {len(values)} example inputs, but forward takes {len(names)}; pass one per argument."

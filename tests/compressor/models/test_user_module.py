@@ -167,6 +167,14 @@ def test_a_script_module_is_refused() -> None:
             load(inner, example_inputs=torch.ones(2, 4))
 
 
+def test_a_wrapper_that_takes_any_arguments_is_called_by_position() -> None:
+    module, x = Returning(lambda y, x: y), torch.rand(2, 4)
+    model = load(torch.optim.swa_utils.AveragedModel(module), example_inputs=(x,))
+    assert model.inputs == ("args_0",)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(trace(model), {"args_0": x})[0], module(x))
+
+
 def test_a_compiled_module_is_the_module_in_it() -> None:
     module, x = Returning(lambda y, x: y), torch.rand(2, 4)
     module.inner = torch.compile(module.inner)  # type: ignore[assignment]
