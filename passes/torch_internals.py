@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -63,6 +64,7 @@ __all__ = [
     "tree_leaves",
     "tree_structure",
     "uncached",
+    "uncompiled",
     "without_stack_traces",
 ]
 
@@ -261,6 +263,11 @@ def without_stack_traces() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks
+
+
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside the one that `torch.compile` returns; any other module as it is."""
+    return uncompiled(module._orig_mod) if isinstance(module, OptimizedModule) else module
 
 
 def forward_hooks(module: torch.nn.Module) -> tuple[Any, ...]:

@@ -84,7 +84,7 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
     row = {name: value[:1] for name, value in feeds.items()}
     try:
         check(lambda: torch_outputs(graph, feeds), name="the traced graph")
-        alone = _module_outputs(model, row)  # torch.export assumes batches of at least two rows
+        alone = _alone(model, row)  # torch.export assumes batches of at least two rows
         _check_alone(reference, alone, graph, feeds, lambda: torch_outputs(graph, row))
     except ParityError as error:
         raise TracedGraphError(
@@ -139,6 +139,13 @@ def _check_first_row(
     rows = len(next(iter(feeds.values())))
     if rows < 2:
         return
+    for name, value in reference.expected.items():
+        if len(value) == rows and alone[name].ndim != value.ndim:
+            raise BatchError(
+                f"{model.name} returns {name} with shape {list(alone[name].shape)} for a row alone, and with shape "
+                f"{list(value.shape)} for {rows} rows; expected the batch as first axis of both, so name the axis of "
+                "each squeeze in forward, such as x.squeeze(-1)."
+            )
     among = {
         name: value[:1] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
@@ -151,6 +158,21 @@ def _check_first_row(
             f"{model.name} returns other outputs for a row alone than for the same row among {rows} "
             f"({error.place or first_line(error)}); expected outputs that do not depend on the other rows, so leave "
             "out what mixes rows, such as a mean or a sort over the first axis."
+        ) from error
+
+
+def _alone(model: Model, row: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    """Return the outputs of the module for one row.
+
+    Raises:
+        BatchError: the module fails on it, as batch norm without running statistics does.
+    """
+    try:
+        return _module_outputs(model, row)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise BatchError(
+            f"{model.name} computes several rows, but fails on a row alone ({type(error).__name__}: "
+            f"{first_line(error)}); expected a forward pass for any number of rows, so leave out what needs several."
         ) from error
 
 

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from compressor import models
 from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
@@ -29,12 +31,15 @@ from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.entities import Entities, tags_of
+from compressor.quality.heads.label_sets import LabelSets
 from compressor.quality.heads.registry import head_for
+from compressor.quality.heads.regression import Regression
+from compressor.quality.heads.single_class import SingleClass
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
-from passes.graph.graph import Graph, Site
+from passes.graph.graph import Graph, Site, output_values, value_of
 from passes.graph.sites import find_sites
 from passes.image_tokens.image_tokens import DropImageTokens
 
@@ -154,6 +159,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     with steps.step("trace, find the sites"):
         graph, guards = trace_with_guards(model)
         data = dataclasses.replace(data, limitations=(*data.limitations, *check_sizes(guards, model, data)))
+        _check_pooled(graph, model)
         _check_trained(graph, model)
         sites = find_sites(graph)
         if not sites and settings.drop != "none":
@@ -402,6 +408,12 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
             f"{data.source} has sets of {labels[0].shape[1]} labels, but {model.name} has {classes}; give a column for "
             "each label of the model, in its order."
         )
+    numbers = [part.size // max(1, len(part)) for part in labels]
+    if data.label_kind == "score" and model.problem_type == "regression" and any(each != classes for each in numbers):
+        raise SubjectError(
+            f"{data.source} has one number for each sample, but {model.name} predicts {classes}, of which no labels "
+            "are read; give the data without labels, to compare the result with the original."
+        )
     largest = data.calibration.samples.largest_class
     if data.label_kind == "class":
         largest = max(int(part.max()) for part in labels)
@@ -409,6 +421,20 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
         raise SubjectError(
             f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes, 0 to "
             f"{classes - 1}; give its class numbers or names, or no labels to compare the result with the original."
+        )
+
+
+def _check_pooled(graph: Graph, model: Model) -> None:
+    """Refuse a classifier whose logits have more axes than samples and classes, such as one row for each token."""
+    value = value_of(output_values(graph)[graph.outputs.index(model.answer)])
+    if not isinstance(head_for(model.task, model.problem_type), SingleClass | LabelSets | Regression):
+        return
+    if isinstance(value, torch.Tensor) and value.ndim > 2:
+        shape = " x ".join(map(str, value.shape[1:]))
+        features = "image-feature-extraction" if model.preprocess.kind == "image" else "feature-extraction"
+        raise SubjectError(
+            f"{model.name} returns {model.answer} of {shape} values for each sample; {model.task} expects one for each "
+            f"class, so have the model pool its tokens, or pass --task {features} to export it without its classifier."
         )
 
 

@@ -41,6 +41,7 @@ from compressor.workspace.json_files import OBJECT, read_json
 
 TASKS = ("image-classification", "image-feature-extraction")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights in a folder or repository, in timm's order
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")  # what timm takes from a config, or assumes
 NO_CLASSIFIER = Limitation(
     "classifier", "the checkpoint has no classifier (num_classes is 0), so its features are exported"
 )
@@ -91,7 +92,35 @@ def load(
     if task == "image-classification" and getattr(sized.module, "num_classes", 0) == 0:
         raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
     model = _wrap(sized, label, resolved_task, location, revision, random_weights, requested_task=task)
+    model = replace(model, limitations=(*model.limitations, *_assumed(folder, sized.module)))
     return model if random_weights else replace(model, dtypes=_dtypes(sized.module, location, revision))
+
+
+def _assumed(folder: Path, module: torch.nn.Module) -> tuple[Limitation, ...]:
+    """Return the limitation that the config of a local folder lacks values of the preprocessing, which timm has.
+
+    A config without ``pretrained_cfg`` holds its fields itself, as timm's older ones do.
+    """
+    if not (folder / "config.json").is_file():
+        return ()
+    config: dict[str, Any] = read_json(folder / "config.json", OBJECT, remedy="download the model again")
+    facts = config.get("pretrained_cfg") or config
+    used = resolve_model_data_config(module)
+    absent = [name for name in PREPROCESSING if facts.get(name) is None]
+    if not absent:
+        return ()
+    values = ", ".join(f"{name} {_brief(used[name])}" for name in absent)
+    return (
+        Limitation(
+            "preprocessing of the images",
+            f"the config has no {', '.join(absent)}, so timm's defaults are assumed ({values}); if the model was "
+            "trained with others, add them to pretrained_cfg in config.json",
+        ),
+    )
+
+
+def _brief(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dict[str, torch.dtype]:

@@ -25,7 +25,7 @@ from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
-from passes.torch_internals import forward_hooks, remove_backward_hooks
+from passes.torch_internals import forward_hooks, remove_backward_hooks, uncompiled
 
 # Values in an output that are reported as left out, because they are not tensors.
 PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
@@ -75,16 +75,23 @@ def load(
     name, attribute = location.split(":")
     try:
         with _current_folder():
-            returned = getattr(importlib.import_module(name), attribute)()
+            factory = getattr(importlib.import_module(name), attribute)
+            returned = None if isinstance(factory, torch.nn.Module) else factory()
     except Terminated:
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise ModelError(f"{location} could not be called: {type(error).__name__}: {first_line(error)}.") from error
+    if returned is None and isinstance(factory, torch.nn.Module):
+        raise ModelError(
+            f"{location} is a module of the class {type(factory).__name__}; expected a function without arguments that "
+            "returns (module, example inputs), so write one and name it."
+        )
     module, inputs = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
             f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
+    module = uncompiled(module)
     _check_weights(module, location)
     dtypes = _dtypes(module)
     model = _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
@@ -93,15 +100,28 @@ def load(
 
 def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
     """Return the types of the float weights, by name."""
-    return {name: value.dtype for name, value in module.state_dict().items() if value.is_floating_point()}
+    return {name: value.dtype for name, value in _state(module) if value.is_floating_point()}
+
+
+def _state(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a module's state by name; a state may also hold what `get_extra_state` returns."""
+    for name, value in module.state_dict().items():
+        yield from ((name, each) for each in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(each))
 
 
 def _check_weights(module: torch.nn.Module, label: str) -> None:
-    """Check that every weight and buffer is a dense tensor with values.
+    """Check that every weight and buffer is a dense tensor with values, and that the modules are written in Python.
 
     Raises:
-        ModelError: one is on the device meta, is of a lazy module that has not run, or is sparse.
+        ModelError: one is on the device meta, is of a lazy module that has not run, is sparse, or is quantized; or a
+            module is a ScriptModule.
     """
+    for name, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{label}: {name or 'the module'} is a ScriptModule, which torch.export does not trace; return the "
+                "module in Python that it was made from."
+            )
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         lazy = is_lazy(value)
         if lazy or value.is_meta or value.layout != torch.strided:
@@ -109,6 +129,12 @@ def _check_weights(module: torch.nn.Module, label: str) -> None:
             raise ModelError(
                 f"{label}: its weight {name} {found}; expected dense weights with values, so run a lazy module once, "
                 "and load the weights before."
+            )
+    for name, value in _state(module):
+        if value.is_quantized:
+            raise ModelError(
+                f"{label}: its weight {name} is quantized by torch ({value.dtype}); expected float weights, so return "
+                "the module as it is before quantization, and have the engine quantized with --int8."
             )
 
 
@@ -158,12 +184,16 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, cach
         ModelError: the module cannot be copied, the example inputs are missing, the forward pass fails or returns no
             tensors, or the cache of a language model cannot be detected.
     """
+    module = uncompiled(module)
     model = _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
     return dataclasses.replace(model, dtypes=_dtypes(module))
 
 
 def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None, label: str, cache: bool) -> Model:
     """Build the model description of a module that may be changed; see `wrap`."""
+    for name, inner in reversed(tuple(module.named_modules(remove_duplicate=False))):
+        if uncompiled(inner) is not inner:
+            module.set_submodule(name, uncompiled(inner))
     inputs_by_name = _name_inputs(module, example_inputs, label)
     _check_example(inputs_by_name, label)
     example = _two_samples(inputs_by_name)
@@ -290,10 +320,10 @@ def _by_position(module: torch.nn.Module, example_inputs: Any) -> bool:
     if isinstance(example_inputs, dict):
         return False
     given = len(example_inputs) if isinstance(example_inputs, tuple | list) else 1
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    return all(
-        kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds[:given]
-    )
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()][:given]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # *args, which takes all that follow
+        kinds = kinds[: kinds.index(inspect.Parameter.VAR_POSITIONAL)]
+    return all(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
 
 def _called(module: torch.nn.Module, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
@@ -413,7 +443,11 @@ def _name_inputs(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, 
     if isinstance(inputs, dict):
         return {str(key): value for key, value in inputs.items()}
     values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    names = list(inspect.signature(module.forward).parameters)
+    names: list[str] = []
+    for parameter in inspect.signature(module.forward).parameters.values():
+        repeated = parameter.kind is inspect.Parameter.VAR_POSITIONAL  # wrappers such as DataParallel take *inputs
+        rest = range(len(values) - len(names))
+        names += [f"{parameter.name}_{index}" for index in rest] if repeated else [parameter.name]
     if len(values) > len(names):
         raise ModelError(
             f"{label} has {len(values)} example inputs, but forward takes {len(names)}; pass one per argument."

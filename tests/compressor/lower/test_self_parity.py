@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -148,4 +149,29 @@ class Sorted(Branch):
 def test_outputs_that_depend_on_the_other_rows_are_refused(kind: type[Branch]) -> None:
     model = models.load(kind(), example_inputs=ROWS["x"][:2])
     with pytest.raises(BatchError, match=r"returns other outputs for a row alone than for the same row among 3 \("):
+        check_self_parity(model, trace(model), ROWS)
+
+
+@pytest.mark.parametrize("outputs", [("output",), ("logits", "pooled")])
+def test_a_batch_axis_that_is_lost_at_one_row_is_named(outputs: tuple[str, ...]) -> None:
+    """Of several outputs, the others would agree."""
+
+    class Squeezing(Branch):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            return y.squeeze(0) if len(outputs) == 1 else dict(zip(outputs, (y, y.squeeze(0) + 1), strict=True))
+
+    model = models.load(Squeezing(), example_inputs=ROWS["x"][:2])
+    found = rf"returns {outputs[-1]} with shape \[\d+\] for a row alone, and with shape \[3, \d+\] for 3 rows; expected"
+    with pytest.raises(BatchError, match=found):
+        check_self_parity(model, trace(model), ROWS)
+
+
+def test_a_module_that_fails_on_one_row_is_refused() -> None:
+    class Normed(Branch):
+        def changed(self, x: torch.Tensor) -> torch.Tensor:
+            return F.batch_norm(x, None, None, training=True)
+
+    model = models.load(Normed(), example_inputs=ROWS["x"][:2])
+    with pytest.raises(BatchError, match=r"several rows, but fails on a row alone \(ValueError: Expected more than 1"):
         check_self_parity(model, trace(model), ROWS)

@@ -154,3 +154,26 @@ def test_a_refusal_names_no_cache_only_if_it_helps(kind: str, tmp_path: Path) ->
     with pytest.raises(TraceError, match=r"for any number of tokens, and no option changes that\.$") as other:
         traced_model.load(without, Steps(None))
     assert str(refusal.value).endswith(f"and --no-cache does not help: {other.value}")
+
+
+def test_one_score_for_a_regression_of_two_numbers_is_refused(tmp_path: Path) -> None:
+    model = replace(models.load(Answering(2), example_inputs=torch.zeros(2, 4)), problem_type="regression")
+    values = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
+    np.savez(tmp_path / "one.npz", x=values, labels=values[:, 0])
+    with pytest.raises(SubjectError, match=r"has one number for each sample, but Answering predicts 2, of which"):
+        checked(model, tmp_path / "one.npz")
+    np.savez(tmp_path / "none.npz", x=values)
+    assert len(checked(model, tmp_path / "none.npz").test) > 0
+
+
+def test_a_classifier_that_does_not_pool_its_tokens_is_refused_and_its_features_are_not(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": ""}
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    module.pretrained_cfg["input_size"] = (3, 8, 8)
+    timm.models.save_for_hf(module, tmp_path / "m", model_args=sizes)
+    settings = Settings(model=str(tmp_path / "m"), data="random", samples=8, drop="1")
+    with pytest.raises(SubjectError, match=r"returns logits of 5 x 3 values for each sample; .*--task image-feature-e"):
+        traced_model.load(settings, Steps(None))
+    features = traced_model.load(replace(settings, task="image-feature-extraction"), Steps(None))
+    assert len(features.sites) == 2

@@ -34,6 +34,7 @@ class Silent(Residual):
 
 X = torch.zeros(2, 8)
 number = 5
+module = torch.nn.Linear(8, 8)
 def good(): return Residual(), X
 def half(): return Residual().half(), X.half()
 def bare(): return Residual()
@@ -193,6 +194,7 @@ def test_a_repositorys_own_code_is_not_run(tmp_path: Path, model_type: str) -> N
     [
         ("nope", "has no attribute 'nope'"),
         ("number", "not callable"),
+        ("module", "is a module of the class Linear; expected a function without arguments that returns (module, ex"),
         ("three", "returned int; expected an nn.Module"),
         ("fails", "RuntimeError: kaboom"),
         ("leaves", "SystemExit"),
@@ -213,6 +215,24 @@ def test_a_factory_with_an_invalid_result_is_rejected(factories: Path, attribute
 def test_a_factory_in_a_missing_module_is_refused() -> None:
     with pytest.raises(ModelError, match="No module named 'no_such_package'"):
         load("no_such_package:make")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_preprocessing_that_a_timm_config_lacks_is_said(tmp_path: Path, nested: bool) -> None:
+    timm = pytest.importorskip("timm")
+    folder = tmp_path / "model"
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), folder)
+    assert "preprocessing of the images" not in {each.feature for each in load(folder).limitations}
+    config = json.loads((folder / "config.json").read_text())
+    facts = config["pretrained_cfg"]
+    for name in ("mean", "std", "crop_pct"):
+        del facts[name]
+    older = facts | {"architecture": config["architecture"], "num_classes": 3}
+    (folder / "config.json").write_text(json.dumps(config if nested else older))
+    features = {each.feature: each.reason for each in load(folder).limitations}
+    assert features["preprocessing of the images"].startswith(
+        "the config has no mean, std, crop_pct, so timm's defaults are assumed (mean 0.485 0.456 0.406, std 0.229 0"
+    )
 
 
 @pytest.mark.parametrize("attribute", ["good", "half"])

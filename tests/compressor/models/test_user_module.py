@@ -144,6 +144,48 @@ def test_weights_without_values_are_refused(module: nn.Module, words: str) -> No
         load(module, example_inputs=torch.ones(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_weights_that_torch_quantized_are_refused_and_other_state_is_not() -> None:
+    module = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(
+        ModelError, match=r"its weight 0._packed_params.* is quantized by torch \(torch.qint8\); expected"
+    ):
+        load(module, example_inputs=torch.ones(2, 4))
+
+    class Stateful(nn.Linear):
+        def get_extra_state(self) -> dict[str, bool]:
+            return {"calibrated": True}
+
+    assert set(load(Stateful(4, 4), example_inputs=torch.ones(2, 4)).dtypes) == {"weight", "bias"}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_module_is_refused() -> None:
+    module = torch.jit.script(nn.Linear(4, 4).eval())
+    for inner, name in ((module, "the module"), (nn.Sequential(module), "0"), (torch.jit.freeze(module), "the module")):
+        with pytest.raises(ModelError, match=rf": {name} is a ScriptModule, which torch.export does not trace; return"):
+            load(inner, example_inputs=torch.ones(2, 4))
+
+
+def test_a_wrapper_that_takes_any_arguments_is_called_by_position() -> None:
+    module, x = Returning(lambda y, x: y), torch.rand(2, 4)
+    model = load(torch.optim.swa_utils.AveragedModel(module), example_inputs=(x,))
+    assert model.inputs == ("args_0",)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(trace(model), {"args_0": x})[0], module(x))
+
+
+def test_a_compiled_module_is_the_module_in_it() -> None:
+    module, x = Returning(lambda y, x: y), torch.rand(2, 4)
+    module.inner = torch.compile(module.inner)  # type: ignore[assignment]
+    model = load(torch.compile(module), example_inputs=x)  # type: ignore[arg-type]
+    assert model.name == "Returning"
+    assert isinstance(model.module.inner, nn.Linear)
+    assert isinstance(module.inner, torch._dynamo.OptimizedModule)  # the user's stays compiled
+    with torch.inference_mode():
+        torch.testing.assert_close(model.call(model.module, x)[0], x + module.inner(x))
+
+
 def test_an_example_of_nan_is_refused() -> None:
     with pytest.raises(ModelError, match="example input x holds NaN; expected numbers"):
         load(Returning(lambda y, x: y), example_inputs=torch.full((2, 4), torch.nan))
