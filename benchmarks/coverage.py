@@ -53,11 +53,13 @@ HEADS = (
     "SEMANTIC_SEGMENTATION",
     "",
 )
+GENERATION = "text-generation"  # of texts alone, by the class itself
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
+VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
 BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
 
@@ -92,10 +94,20 @@ def small_model(model_type: str) -> Any:
         raise ValueError(f"not reduced: {parameters:,} parameters")
     torch.manual_seed(0)
     module = class_of(config)(config).eval()
-    for weight in module.parameters():
-        if weight.ndim > 1 and not weight.any():  # AFMoE's router: equal scores have no order
-            torch.nn.init.normal_(weight, std=0.02)
+    _distinguish(module)
     return module
+
+
+def _distinguish(module: Any) -> None:
+    """Replace the weights of a random model that make the candidates of a top-k equal, which then have no order."""
+    import torch
+
+    for weight in module.parameters():
+        if weight.ndim > 1 and not weight.any():  # AFMoE's router
+            torch.nn.init.normal_(weight, std=0.02)
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d) and part.weight.abs().max() < VANISHING:
+            torch.nn.init.ones_(part.weight)
 
 
 def _complete(config: Any) -> None:
@@ -119,22 +131,25 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
     found |= _exported(module, folder, {})
-    for option, changes in _ways_round(found):
-        other = _exported(module if "task" not in changes else _headless(folder), folder, changes)
+    options, changes, other = list[str](), dict[str, Any](), found
+    while (way := _way_round(other)) is not None and way[0] not in options:
+        options.append(way[0])
+        changes |= way[1]
+        headless = changes.get("task", GENERATION) != GENERATION
+        other = _exported(_headless(folder) if headless else module, folder, changes)
         if other["outcome"] == "passes":
-            return {**found, **other, "option": option}
+            return {**found, **other, "option": " ".join(options)}
     return found
 
 
-def _ways_round(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the option that a refusal names, and the settings that it stands for."""
+def _way_round(found: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Return the option that a refusal names, and the settings that it stands for; None without one."""
     if found["outcome"] != "refused":
-        return
+        return None
     if "pass --no-cache" in found["detail"]:
-        yield "--no-cache", {"cache": False}
+        return "--no-cache", {"cache": False}
     task = re.search(r"pass --task (\S+) to export", found["detail"])
-    if task is not None:
-        yield f"--task {task[1]}", {"task": task[1]}
+    return None if task is None else (f"--task {task[1]}", {"task": task[1]})
 
 
 def _headless(folder: Path) -> Any:

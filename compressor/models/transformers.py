@@ -26,12 +26,15 @@ from compressor.models.pretrained import vision_language as pretrained_vision_la
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
 from compressor.models.text import nemotron_nas, sentence_transformers
+from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.video.inputs import takes_videos
 from compressor.models.vision_language import parts as vision_language
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
+from passes.torch_internals import FakeTensorMode
 
+GENERATION = "text-generation"
 HEADS = {
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
@@ -195,9 +198,10 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):
         if _reads_sound_and_texts(architecture):
+            advice = _texts_alone(architecture, config) or "save its language model or its encoder of sound alone"
             raise ModelError(
                 f"{location} is a {architecture}, a language model that reads sound beside its text, which is not "
-                "supported; save its language model or its encoder of sound alone, and pass that folder."
+                f"supported; {advice}, and pass that folder."
             )
         raise ModelError(
             f"{location} is a {architecture}, a head that is not supported; expected one of "
@@ -228,6 +232,19 @@ def _takes_ids_alone(kind: Any, config: Any) -> bool:
     taken = inspect.signature(kind.forward).parameters
     other = any(name in taken for name in (*SOUND, image.INPUT))
     return main_input(kind) == "input_ids" and not other and hasattr(config.get_text_config(), "vocab_size")
+
+
+def _texts_alone(architecture: str, config: Any) -> str | None:
+    """Return how to export a language model of texts and sound; None if it gives no logits for a text alone.
+
+    It is called with shapes alone.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            reads = reads_texts_alone(with_random_weights(_named(architecture), config))
+    except Exception:  # modules raise errors of all kinds
+        return None
+    return f"{TEXTS_ALONE}, or save its encoder of sound alone" if reads else None
 
 
 def _reads_sound_and_texts(architecture: str) -> bool:
@@ -276,7 +293,7 @@ def class_of(config: Any, task: str) -> Any:
     """Return the class that loads a model for a task.
 
     It is the automatic class of the task. If that makes no model of the class that the config names, which has a head
-    for the task, it is the named class.
+    for the task, it is the named class. That of a language model for images or sound generates texts.
     """
     architecture = (config.architectures or [""])[0]
     named = _named(architecture)
@@ -284,9 +301,16 @@ def class_of(config: Any, task: str) -> Any:
         return named if named is not None and _is_bare(architecture) else transformers.AutoModel
     automatic = getattr(transformers, AUTO[task])
     own = _head(config, architecture) == task or (task == ZERO_SHOT and _has_two_towers(architecture))
+    own = own or (task == GENERATION and not made_by(automatic, config) and _generates(named, config))
     if named is None or not own or named in made_by(automatic, config) or hasattr(config, "auto_map"):
         return automatic
     return named
+
+
+def _generates(named: Any, config: Any) -> bool:
+    """Return whether a class continues a text, as the language model of a class for images or sound does."""
+    decoder_only = not getattr(config, "is_encoder_decoder", False)
+    return named is not None and issubclass(named, transformers.GenerationMixin) and decoder_only
 
 
 def _is_bare(architecture: str) -> bool:
@@ -304,6 +328,8 @@ def wrap(loaded: Loaded) -> Model:
         return two_towers.wrap(loaded)
     if loaded.task == vision_language.TASK:
         return pretrained_vision_language.wrap(loaded)
+    if loaded.task == GENERATION:
+        return text.wrap(loaded)
     if patches.grid_argument(loaded.module) is not None:
         return patches.wrap(loaded)
     if takes_videos(loaded.module):

@@ -21,6 +21,7 @@ PRODUCTS = frozenset(
     ["linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"]
     + [f"conv{axes}d" for axes in (1, 2, 3)]
 )
+TEXTS_ALONE = "pass --task text-generation to export it for texts alone"
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
 
@@ -49,6 +50,18 @@ def without_cache(module: Any) -> dict[str, bool]:
     keywords = any(each.kind is each.VAR_KEYWORD for each in taken.values())
     made = "use_cache" in taken or (keywords and hasattr(getattr(module, "config", None), "use_cache"))
     return {"use_cache": False} if made else {}
+
+
+def reads_texts_alone(module: Any) -> bool:
+    """Return whether a language model for images or sound gives the logits of a text [1, tokens, vocabulary] alone."""
+    if getattr(module.config, "is_encoder_decoder", False):
+        return False
+    try:
+        with calling(module):
+            logits = module(input_ids=text()["input_ids"], **without_cache(module))["logits"]
+    except Exception:  # modules raise errors of all kinds
+        return False
+    return tuple(logits.shape[:2]) == (1, TOKENS)
 
 
 def accepts(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from compressor.models.base import ModelError, first_line
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
+from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.vision_language.call import TYPES, VisionLanguage, language_of
 from compressor.models.vision_language.image_features import MASK, source_of, takes_tiles
 from compressor.models.vision_language.images import Images, OneSize
@@ -100,7 +101,8 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
 
 
 def _refused(module: Any, location: str, reason: str) -> ModelError:
-    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}.")
+    other = f", or {TEXTS_ALONE}" if reads_texts_alone(module) else ""
+    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}{other}.")
 
 
 def _images(module: Any, location: str, others: Sequence[str]) -> Images:

@@ -165,6 +165,31 @@ def test_a_language_model_that_reads_sound_is_refused_by_name(tmp_path):
         models.load(tmp_path, random_weights=True)
 
 
+def test_a_language_model_that_reads_sound_is_exported_for_texts_alone(tmp_path):
+    """The refusal names the option, and the file gives the logits of the whole class for a text."""
+    texts = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+        "num_key_value_heads": 2, "intermediate_size": 24, "model_type": "qwen2"
+    }  # fmt: skip
+    sound = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+    config = transformers.Qwen2AudioConfig(audio_config=sound, text_config=texts, audio_token_index=3)
+    module = transformers.Qwen2AudioForConditionalGeneration(config)
+    folder = saved(module, tmp_path / "m")
+    with pytest.raises(ModelError, match="pass --task text-generation to export it for texts alone"):
+        models.load(folder)
+    model = models.load(folder, task="text-generation")
+    assert type(model.module) is type(module)
+    assert any("takes sound, but the export does not" in each.reason for each in model.limitations)
+    lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    for rows, tokens in ((1, 5), (3, 9)):
+        ids = torch.randint(5, 40, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
+        feeds = model.preprocess.complete({"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())})
+        (found,) = session.run(["logits"], feeds)
+        with torch.inference_mode():
+            expected = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+        assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
 def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
     """Its config names the architecture of timm too."""
     config = transformers.TimmWrapperConfig(
