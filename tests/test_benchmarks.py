@@ -1190,14 +1190,17 @@ def test_the_table_of_architectures_has_the_kinds_of_refusals():
 
 
 def test_an_architecture_is_judged_by_its_own_class(tmp_path):
-    """The file of a Llama agrees with transformers; a class of images and texts is refused in a sentence."""
+    """The file of a Llama agrees with transformers, and that of a class of images and texts as its refusal advises."""
     judged = script("coverage").judged
     passes = judged("llama", tmp_path / "llama")
     assert (passes["outcome"], passes["class"], passes["sites"]) == ("passes", "LlamaForCausalLM", 4)
     assert passes["difference"] < 1e-5
-    refused = judged("llava_onevision", tmp_path / "llava_onevision")
+    texts = judged("llava_onevision", tmp_path / "llava_onevision")
+    assert (texts["outcome"], texts["option"]) == ("passes", "--task text-generation")
+    assert texts["difference"] < 1e-5
+    refused = judged("blip", tmp_path / "blip")
     assert refused["outcome"] == "refused"
-    assert "takes batch_num_images and image_sizes and vision_aspect_ratio beside the pixels" in refused["detail"]
+    assert "is a BlipForConditionalGeneration, which has no image_token_id in its config" in refused["detail"]
 
 
 @pytest.mark.slow
