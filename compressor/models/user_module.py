@@ -81,7 +81,7 @@ def load(
         raise
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise ModelError(f"{location} could not be called: {type(error).__name__}: {first_line(error)}.") from error
-    if returned is None and isinstance(factory, torch.nn.Module):
+    if isinstance(factory, torch.nn.Module):
         raise ModelError(
             f"{location} is a module of the class {type(factory).__name__}; expected a function without arguments that "
             "returns (module, example inputs), so write one and name it."
