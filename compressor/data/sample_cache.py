@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+DIGEST = 16  # bytes of a hash
 LIMIT = 2 * 1024**3  # bytes: about 3,500 float32 images of 3 x 224 x 224, more than calibration and validation have
 
 
@@ -83,3 +85,18 @@ class Store:
         if written != content.nbytes:
             self._capacity = 0  # a full disk is not an error, because samples that are not stored are prepared again
         return written == content.nbytes
+
+
+def digest(content: Array | str) -> bytes:
+    """Return a hash of a text, or of the shape, the type and the values of an array."""
+    if isinstance(content, str):
+        return hashlib.blake2b(content.encode(errors="surrogateescape"), digest_size=DIGEST).digest()
+    values = np.ascontiguousarray(content)
+    found = hashlib.blake2b(f"{values.dtype.str}{values.shape}".encode(), digest_size=DIGEST)
+    found.update(values.data)
+    return found.digest()
+
+
+def digest_of_feeds(feeds: Mapping[str, Array]) -> bytes:
+    """Return a hash of the names and the values of model inputs."""
+    return b"".join(name.encode() + digest(feeds[name]) for name in sorted(feeds))

@@ -12,6 +12,7 @@ from compressor.choices import ZERO_SHOT
 from compressor.data.class_labels import with_class_numbers
 from compressor.data.class_prompts import ClassPrompts, with_class_prompts
 from compressor.data.decoder_inputs import DECODER_IDS, with_decoder_inputs
+from compressor.data.equal_samples import equal_samples
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
@@ -316,7 +317,7 @@ def load(
         preprocess = preprocess.limited(window.length)
     decoder = None if spec == "random" else preprocess.decoder
     source = preprocess if decoder is None else _without_decoder_inputs(preprocess)
-    samples = read(spec, source, task=task, seed=seed, revision=revision)
+    samples = found = read(spec, source, task=task, seed=seed, revision=revision)
     prompts = None
     if task == ZERO_SHOT and spec != "random":
         samples, prompts = with_class_prompts(samples, preprocess, spec, file=names_file, template=template)
@@ -341,6 +342,7 @@ def load(
     limit = preprocess.limit if window is None else window.length
     tokens = {index: count if limit is None else min(count, limit) for index, count in lengths.tokens.items()}
     splits = _split(samples, usable, shares, windows, tokens)
+    copies = () if spec == "random" else equal_samples(found, tuple(splits.values()))
     return Data(
         source=spec,
         label_kind=samples.label_kind,
@@ -354,7 +356,7 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
-        limitations=(*samples.limitations, *samples.findings(), *lengths.limitations),
+        limitations=(*samples.limitations, *samples.findings(), *lengths.limitations, *copies),
         pairs=samples.pairs,
         prompts=prompts,
     )

@@ -176,6 +176,7 @@ def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
         source.feeds,
         f"raw {array.dtype} images in an array",
         shown=source.shown,
+        content=source.content,
         limitations=tuple(_of_raw_images(array, channels)),
     )
 

@@ -86,6 +86,7 @@ class Samples:
         faults: decodes the samples at the given positions and returns the reasons of those that cannot be used, by
             position.
         shown: returns the image or text of a sample for display; None for numeric data.
+        content: returns a hash of an image or a sound, equal for samples that are equal to the model; None for others.
         whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
         pairs: each sample has two texts.
         target_texts: the text that an encoder-decoder is to generate for each sample; None if the data has none.
@@ -112,6 +113,7 @@ class Samples:
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
     shown: Callable[[int], Image.Image | str] | None = None
+    content: Callable[[int], bytes] | None = None
     whole: Callable[[int], Feeds] | None = None
     pairs: bool = False
     target_texts: Sequence[str] | None = None

@@ -151,6 +151,7 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
         label_kind=kind,
         faults=source.faults,
         shown=source.shown,
+        content=source.content,
         class_names=names,
         own_numbers=label is not None and _names_of(dataset, label) is not None,
         limitations=tuple(_unread(dataset, [column, *([] if label is None else [label])], label)),

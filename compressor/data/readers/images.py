@@ -16,7 +16,7 @@ from PIL import Image
 from compressor.data.class_folders import FilesOf, find_files
 from compressor.data.readers.base import Array, Feeds, Progress, Samples, Skipped, dims
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
-from compressor.data.sample_cache import Store
+from compressor.data.sample_cache import Store, digest
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
@@ -41,6 +41,7 @@ class Pictures:
         preprocess: preprocessing of the model.
         store: the preprocessed images.
         conversions: what was converted in each decoded image, by position.
+        digests: hash of each preprocessed image, by position.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Pictures:
     preprocess: Preprocess
     store: Store
     conversions: dict[int, Conversion] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     def feeds(self, indices: Sequence[int]) -> Feeds:
         """Return the preprocessed images as the model's first input, [rows, C, H, W]."""
@@ -66,6 +68,12 @@ class Pictures:
             BrokenImageError: the image can no longer be decoded.
         """
         return self._decode(index).shown()
+
+    def content(self, index: int) -> bytes:
+        """Return the hash of a preprocessed image."""
+        if index not in self.digests:
+            self.feeds([index])
+        return self.digests[index]
 
     def findings(self) -> tuple[Limitation, ...]:
         """Return the limitations of the images that were decoded so far."""
@@ -95,6 +103,7 @@ class Pictures:
             return fault
         self.conversions[index] = decoded.conversion
         value = _preprocessed(self.preprocess, decoded.image)
+        self.digests[index] = digest(value)
         self.store.put(index, value)
         return value
 
@@ -133,6 +142,7 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         skipped=tuple(starmap(Skipped, found.skipped)),
         faults=source.faults,
         shown=source.shown,
+        content=source.content,
         findings=source.findings,
         limitations=found.limitations,
     )

@@ -25,6 +25,7 @@ from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samp
 from compressor.data.readers.records import read_records, table_of
 from compressor.data.readers.tables import CLASSES, NAMES, Table, parse
 from compressor.data.readers.texts import text_of
+from compressor.data.sample_cache import digest
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
@@ -52,6 +53,7 @@ class Clips:
         preprocess: preprocessing of the model.
         found: rate and channels of each file that was decoded.
         seconds: length of each clip that was decoded.
+        digests: hash of each clip that was decoded.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Clips:
     preprocess: Preprocess
     found: dict[int, tuple[int, int]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
     _kept: dict[int, Wave] = field(default_factory=dict, repr=False)
     _bytes: int = 0
 
@@ -99,6 +102,11 @@ class Clips:
                 progress(done, len(indices))
         return broken
 
+    def content(self, index: int) -> bytes:
+        """Return the hash of a clip."""
+        self._usable(index)
+        return self.digests[index]
+
     def findings(self) -> tuple[Limitation, ...]:
         """Return the limitations of the clips that were decoded so far."""
         converted = limitations_of(tuple(self.found.values()), self.preprocess.rate)
@@ -122,6 +130,7 @@ class Clips:
             raise BrokenClipError(f"{kind}, not a file")
         clip = decode(self.paths[index], self.preprocess.rate)
         self.found[index] = (clip.rate, clip.channels)
+        self.digests[index] = digest(clip.samples)
         self.seconds[index] = len(clip.samples) / self.preprocess.rate
         if self._bytes + clip.samples.nbytes <= KEPT:
             self._kept[index] = clip.samples
@@ -273,6 +282,7 @@ def _samples(
         class_names=classes,
         skipped=skipped,
         faults=source.faults,
+        content=source.content,
         targets=source.targets if counts else None,
         limitations=limitations,
         findings=source.findings,

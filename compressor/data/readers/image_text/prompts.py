@@ -15,7 +15,7 @@ from compressor.data.readers.base import Array, Feeds, Progress, Samples, Target
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, decode, limitations_of
 from compressor.data.readers.image_text.pairs import metadata_of, read_pairs
 from compressor.data.readers.token_targets import IGNORED
-from compressor.data.sample_cache import Store
+from compressor.data.sample_cache import Store, digest_of_feeds
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
@@ -58,6 +58,7 @@ def read_prompts(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         skipped=pairs.skipped,
         faults=source.faults,
         shown=source.shown,
+        content=source.content,
         lengths=source.lengths,
         limitations=(*pairs.limitations, *_limitations(pairs.texts, preprocess)),
         findings=source.findings,
@@ -120,6 +121,10 @@ class _Prompts:
     def shown(self, index: int) -> Image.Image:
         """Return the decoded image, before preprocessing."""
         return self._decoded(index)
+
+    def content(self, index: int) -> bytes:
+        """Return a hash of the inputs of a sample."""
+        return digest_of_feeds(self._prepared(index))
 
     def findings(self) -> tuple[Limitation, ...]:
         """Return the limitations of the images that were decoded so far."""

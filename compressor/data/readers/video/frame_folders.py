@@ -13,7 +13,7 @@ from compressor.data.class_folders import FilesOf
 from compressor.data.readers.base import Array, Feeds, Progress, Samples
 from compressor.data.readers.decode_image import BrokenImageError, decode
 from compressor.data.readers.images import SUFFIXES
-from compressor.data.sample_cache import Store
+from compressor.data.sample_cache import Store, digest
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
@@ -75,6 +75,10 @@ class Clips:
         frames = self.frames[index]
         return _frame(frames[len(frames) // 2])
 
+    def content(self, index: int) -> bytes:
+        """Return a hash of a preprocessed clip."""
+        return digest(self._prepared(index))
+
     def _prepared(self, index: int) -> Array:
         if index in self.store:
             return self.store.get(index)
@@ -128,6 +132,7 @@ def read_videos(path: Path, name: str, preprocess: Preprocess) -> Samples:
         class_names=classes,
         faults=source.faults,
         shown=source.shown,
+        content=source.content,
         findings=source.findings,
     )
 
