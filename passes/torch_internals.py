@@ -14,7 +14,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import OptimizedModule
 from torch._dynamo.source import ConstantSource
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import config
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -52,6 +52,7 @@ __all__ = [
     "has_elements",
     "hint",
     "holds",
+    "is_higher_order",
     "is_mutable",
     "lazy_graph_module",
     "make_fx",
@@ -100,6 +101,14 @@ def is_mutable(target: object) -> bool:
     Reads `OpOverload._schema`, which has no public equivalent. Without it, in-place operators cannot be recognised.
     """
     return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
+def is_higher_order(target: object) -> bool:
+    """Return whether this target is an operator that calls graphs, such as torch.cond or a region under autocast.
+
+    `HigherOrderOperator` has no public equivalent. Without it, what such a graph computes would be missed.
+    """
+    return isinstance(target, HigherOrderOperator)
 
 
 def arguments(target: Any) -> Sequence[Any]:

@@ -112,6 +112,13 @@ def test_missing_operators_are_skipped():
     assert operators("relu.default", "relu.no_such_overload", "_no_such_operator.default") == {relu}
 
 
+def test_is_higher_order():
+    from passes.torch_internals import is_higher_order
+
+    assert is_higher_order(torch.ops.higher_order.cond)
+    assert not any(map(is_higher_order, (operator.add, "placeholder", torch.ops.aten.add.Tensor)))
+
+
 def test_is_mutable():
     from passes.torch_internals import is_mutable
 

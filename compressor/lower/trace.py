@@ -12,6 +12,7 @@ import torch
 from compressor.errors import CompressorError
 from compressor.internals.transformers import with_names
 from compressor.lower.size_guards import SizeGuard, size_guards
+from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
@@ -20,7 +21,7 @@ from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
 from passes.rewrite.read_size import ReadSize
 from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
-from passes.torch_internals import is_mutable, without_stack_traces
+from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
@@ -67,7 +68,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     Raises:
         SizeError: the model branches on the batch size.
         TraceError: the model cannot be traced, or only with a fixed batch size, or the graph differs from the model at
-            another size. The message names the line of code, if torch.export states it, and a remedy.
+            another size, or has an operator that Compressor does not take (see `unsupported_operator`). The message
+            names the line of code, if torch.export states it, and a remedy.
     """
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
@@ -82,12 +84,14 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
         ):
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             traced = program
-            if any(is_mutable(node.target) for node in program.graph.nodes):
+            if any(is_mutable(node.target) or is_higher_order(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
     guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
+    if (found := unsupported_operator(graph)) is not None:
+        raise TraceError(f"{model.name} {found}.")
     apply(Clean(), graph)
     if any(map(is_complex, graph.nodes())):
         apply(RealArithmetic(), graph)
