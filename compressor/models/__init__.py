@@ -270,6 +270,7 @@ def _did_you_mean(spec: str) -> str:
     return f"did you mean {', '.join(close)}? " if close else ""
 
 
+@torch.no_grad()
 def _check_finite(model: Model) -> None:
     for name, parameter in model.module.named_parameters():
         if not torch.isfinite(parameter).all():

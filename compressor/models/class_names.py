@@ -174,7 +174,9 @@ def from_timm_config(config: Mapping[str, Any], classes: int) -> ClassNames | No
         return None
     names, descriptions = _by_number(config["label_names"]), config.get("label_descriptions") or {}
     listed = [(name, descriptions.get(name)) for name in (names.get(number) for number in range(classes))]
-    return ClassNames(tuple(_unique(description, name) for name, description in listed))
+    count = len(config["label_names"])
+    wrong = None if count == classes else f"its config names {count} classes in label_names, but it has {classes}"
+    return ClassNames(tuple(_unique(description, name) for name, description in listed), wrong)
 
 
 def _imagenet(subset: str) -> ClassNames:

@@ -73,6 +73,11 @@ def load(
     """
     refuse(location, revision=revision, random_weights=random_weights)
     name, attribute = location.split(":")
+    if name.endswith(".py"):
+        raise ModelError(
+            f"{location} names a file; expected an importable module, so leave .py out, separate folders by dots, and "
+            f"run the command in the folder of the file: {Path(name).stem}:{attribute}."
+        )
     try:
         with _current_folder():
             factory = getattr(importlib.import_module(name), attribute)
@@ -113,14 +118,16 @@ def _check_weights(module: torch.nn.Module, label: str) -> None:
     """Check that every weight and buffer is a dense tensor with values, and that the modules are written in Python.
 
     Raises:
-        ModelError: one is on the device meta, is of a lazy module that has not run, is sparse, or is quantized; or a
-            module is a ScriptModule.
+        ModelError: one is on the device meta, is of a lazy module that has not run, is sparse, is quantized, or is of a
+            class that holds other tensors; or a module is a ScriptModule or was made by torch.export.
     """
     for name, inner in module.named_modules():
-        if isinstance(inner, torch.jit.ScriptModule):
+        exported = isinstance(inner, torch.fx.GraphModule) and "eval" in vars(inner)  # its modes cannot be changed
+        if exported or isinstance(inner, torch.jit.ScriptModule):
+            kind = "the module of an exported program" if exported else "a ScriptModule"
             raise ModelError(
-                f"{label}: {name or 'the module'} is a ScriptModule, which torch.export does not trace; return the "
-                "module in Python that it was made from."
+                f"{label}: {name or 'the module'} is {kind}, which torch.export does not trace; return the module in "
+                "Python that it was made from."
             )
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         lazy = is_lazy(value)
@@ -129,6 +136,12 @@ def _check_weights(module: torch.nn.Module, label: str) -> None:
             raise ModelError(
                 f"{label}: its weight {name} {found}; expected dense weights with values, so run a lazy module once, "
                 "and load the weights before."
+            )
+        if hasattr(value, "__tensor_flatten__"):
+            raise ModelError(
+                f"{label}: its weight {name} is a {type(value).__name__}, which holds other tensors, as torchao's "
+                "quantized and torch's sharded ones do; expected plain float weights, so return the module before it "
+                "is quantized or sharded, and have the engine quantized with --int8."
             )
     for name, value in _state(module):
         if value.is_quantized:

@@ -51,7 +51,7 @@ def wrap(loaded: Loaded) -> Model:
     inputs = text_inputs(module, tokenizer, location)
     signature = _signature(module, task, inputs)
     longest = max_length(module, tokenizer, loaded.sentence_files)
-    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task)
+    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, longest)
     example = _text_example(module, inputs, longest)
     model = Model(
         **loaded.fields,
@@ -172,7 +172,7 @@ def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> 
 
 
 def _padding(
-    module: Any, signature: Signature, inputs: tuple[str, ...], tokenizer: Any, task: str
+    module: Any, signature: Signature, inputs: tuple[str, ...], tokenizer: Any, task: str, longest: int | None
 ) -> tuple[Padding | None, list[Limitation]]:
     """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it."""
     config = module.config.get_text_config()
@@ -186,7 +186,7 @@ def _padding(
         return None, allow_batches(answer, config, inputs)
     if task == "text-generation":
         return causal_padding(tokenizer, config), []
-    padding, limitations = find_padding(answer, tokenizer, config, inputs)
+    padding, limitations = find_padding(answer, tokenizer, config, inputs, longest)
     tokenizer.padding_side = padding.side
     if padding.token in tokenizer.all_special_ids and padding.token != tokenizer.pad_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)

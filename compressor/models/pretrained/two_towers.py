@@ -125,7 +125,7 @@ def _padding(
         return features
 
     config = tower.config.get_text_config()
-    padding, limitations = find_padding(answer, tokenizer, config, names)
+    padding, limitations = find_padding(answer, tokenizer, config, names, longest)
     if not any(each.feature == "padding" for each in limitations) or longest is None:
         return padding, limitations
     fixed = replace(causal_padding(tokenizer, config), side=tokenizer.padding_side, least=longest)

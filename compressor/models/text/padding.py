@@ -66,7 +66,7 @@ def causal_padding(tokenizer: Any, config: Any) -> Padding:
 
 
 def find_padding(
-    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str]
+    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None = None
 ) -> tuple[Padding, list[Limitation]]:
     """Return the first padding that leaves the outputs of a row unchanged, and what has to be said about it.
 
@@ -78,11 +78,13 @@ def find_padding(
         tokenizer: tokenizer of the model.
         config: config of the text model; its ``pad_token_id`` may be set.
         inputs: input names of the model.
+        longest: maximum number of tokens of a row; None if there is none.
     """
     usual = Padding(next(_tokens(tokenizer, config), 0), tokenizer.padding_side)
-    rows = _example_rows(tokenizer, inputs)
+    rows = _example_rows(tokenizer, inputs, longest)
     if rows is None:
-        return usual, [Limitation("padding", "not checked, because the tokenizer fails on a test text")]
+        reason = "not checked, because the tokenizer does not make rows of two lengths of two test texts"
+        return usual, [Limitation("padding", reason)]
     alone = answer(usual.pad({name: values[:1] for name, values in rows.items()}, tokenizer.pad_token_type_id))
     before = getattr(config, "pad_token_id", None)
     # A negative id pads nothing: older configs of Llama have -1.
@@ -131,10 +133,11 @@ def _tokens(tokenizer: Any, config: Any) -> Iterator[int]:
     yield from dict.fromkeys(valid)
 
 
-def _example_rows(tokenizer: Any, inputs: Sequence[str]) -> dict[str, list[list[int]]] | None:
+def _example_rows(tokenizer: Any, inputs: Sequence[str], longest: int | None) -> dict[str, list[list[int]]] | None:
     """Return a shorter and a longer row of tokens by input name; None if the tokenizer does not return such rows."""
+    cut = {} if longest is None else {"truncation": True, "max_length": longest}
     try:
-        encoded = encode(tokenizer, [SHORT, LONG], None, inputs)
+        encoded = encode(tokenizer, [SHORT, LONG], None, inputs, **cut)
     except DataError:
         return None
     rows = {name: [list(row) for row in encoded[name]] for name in inputs if name in encoded}

@@ -23,7 +23,7 @@ from compressor.data.splits import Data, load
 from compressor.errors import DataError
 from compressor.models import Model
 from compressor.models.base import ModelError
-from compressor.models.class_names import ClassNames, from_config, of_module, of_timm, with_synsets
+from compressor.models.class_names import ClassNames, from_config, from_timm_config, of_module, of_timm, with_synsets
 from tests.paths import SHARED_DATA
 from tests.samples import tokenizer_of_words
 
@@ -337,6 +337,21 @@ def test_names_in_the_config_of_timm(tmp_path: Path) -> None:
     )  # fmt: skip
     model.save(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == names
+
+
+@pytest.mark.parametrize("count", [8, 12])
+def test_timm_names_of_another_number_of_classes_number_nothing(tmp_path: Path, count: int) -> None:
+    names = [f"n{number}" for number in range(count)]
+    found = from_timm_config({"label_names": names}, 10)
+    assert found is not None
+    assert found.contradiction == f"its config names {count} classes in label_names, but it has 10"
+    for place, name in enumerate(("n3", "n4", "n5")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (place, 0, 0)).save(tmp_path / name / "image.png")
+    model = models.load(models.SAMPLE)
+    with pytest.raises(DataError, match=rf"names {count} classes in label_names, but it has 10; correct its config"):
+        load(str(tmp_path), model.preprocess, task=model.task, class_names=found)
+    assert from_timm_config({"label_names": names[:8], "num_classes": 8}, 10) is None
 
 
 @pytest.mark.skipif(not DEIT.is_dir() or not IMAGES.is_dir(), reason="the real data in ../shared/data is not here")

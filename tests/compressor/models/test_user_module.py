@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import compressor
 from compressor.errors import CompressorError, Terminated
@@ -165,6 +166,31 @@ def test_a_script_module_is_refused() -> None:
     for inner, name in ((module, "the module"), (nn.Sequential(module), "0"), (torch.jit.freeze(module), "the module")):
         with pytest.raises(ModelError, match=rf": {name} is a ScriptModule, which torch.export does not trace; return"):
             load(inner, example_inputs=torch.ones(2, 4))
+
+
+def test_the_module_of_an_exported_program_is_refused() -> None:
+    program = torch.export.export(nn.Linear(4, 4).eval(), (torch.ones(2, 4),))
+    for inner, name in ((program.module(), "the module"), (nn.Sequential(program.module()), "0")):
+        with pytest.raises(ModelError, match=rf": {name} is the module of an exported program, which torch.export"):
+            load(inner, example_inputs=torch.ones(2, 4))
+    traced = torch.fx.symbolic_trace(nn.Linear(4, 4))  # another GraphModule, which is as good as a module in Python
+    assert load(traced, example_inputs=torch.ones(2, 4)).inputs
+
+
+def test_a_weight_that_holds_other_tensors_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    module[0].weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    with pytest.raises(ModelError, match=r"its weight 0.weight is a TwoTensor, which holds other tensors"):
+        load(module, example_inputs=torch.ones(2, 4))
+
+
+def test_a_file_in_place_of_a_module_is_told_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_network.py").write_text("def build(): ...")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"my_network\.py:build names a file; .* in the folder of the file: my_network:b"
+    ):
+        load("my_network.py:build")
 
 
 def test_a_wrapper_that_takes_any_arguments_is_called_by_position() -> None:

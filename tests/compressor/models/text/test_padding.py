@@ -30,6 +30,12 @@ CASES = {
     "the last token counts, padded on the right": ("XLNetForSequenceClassification", "XLNetConfig", XLNET, PADS),
     "an encoder, padded on the left": ("BertForSequenceClassification", "BertConfig", SIZES, PADS | LEFT),
     "positions from 2": ("RobertaForSequenceClassification", "RobertaConfig", SIZES, PADS),
+    "fewer positions than the longer test text": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        SIZES | {"max_position_embeddings": 8},
+        PADS | LEFT,
+    ),
     "positions from the mask": ("OPTForSequenceClassification", "OPTConfig", OPT, PADS | LEFT),
 }
 
