@@ -15,11 +15,13 @@ from typing import Any
 from unittest import mock
 
 from onnxscript import rewriter
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as grouped_attention
 from onnxscript.rewriter import _matcher
 from onnxscript.rewriter._basics import MatchResult
 from onnxscript.rewriter._matcher import PatternMatcher
 
-__all__ = ["exact_constants", "rules_by_operator"]
+# grouped_attention: the translation of attention whose keys have fewer heads than its queries.
+__all__ = ["exact_constants", "grouped_attention", "rules_by_operator"]
 
 
 class _ByOperator(PatternMatcher):

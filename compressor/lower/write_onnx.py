@@ -24,14 +24,14 @@ from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
 from compressor.lower.gguf import writer
-from compressor.lower.onnx_operators import decompose_nodes
-from compressor.lower.onnx_recurrence import TRANSLATIONS
+from compressor.lower.translations import attention, recurrence
+from compressor.lower.translations.decompose_nodes import decompose_nodes
 from compressor.models.base import first_line
 from compressor.models.text.recurrence import OPERATOR
 from passes.base import apply
 from passes.image_tokens.image_tokens import stage_of_state
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
-from passes.torch_internals import generate_code, is_mutable
+from passes.torch_internals import generate_code, is_mutable, without_stack_traces
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -88,7 +88,7 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
     automatic = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), without_stack_traces():  # they are paths of this machine
             program = torch.export.export(generate_code(graph.module), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export's errors have no common base
         raise LowerError(f"{model.name} cannot be exported by torch: {first_line(_cause(error))}.") from error
@@ -142,7 +142,7 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
         output_names=list(graph.outputs),
         verbose=False,
         optimize=False,  # weights that stay on disk are replaced first
-        custom_translation_table=TRANSLATIONS,
+        custom_translation_table=attention.TRANSLATIONS | recurrence.TRANSLATIONS,
     )
     assert program is not None
     return program

@@ -1,6 +1,7 @@
 """Lowering: the ONNX file compared with torch."""
 
 import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,16 @@ def test_a_program_that_cannot_be_written_raises_and_does_not_end_the_process(tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.export.load(lower(graph, model, tmp_path / "m.pt2")).module()(torch.zeros(3, 8))[0].shape == (3, 4)
+
+
+def test_a_program_holds_no_path_of_the_machine_that_wrote_it(tmp_path: Path) -> None:
+    model = load(Residual(), example_inputs=torch.zeros(2, 8))
+    with zipfile.ZipFile(lower(trace(model), model, tmp_path / "m.pt2")) as program:
+        contents = {name: program.read(name) for name in program.namelist()}
+    assert any(b"aten.linear" in content for content in contents.values())
+    for name, content in contents.items():
+        for path in (Path(torch.__file__).parents[1], Path(__file__).parents[3], tmp_path):
+            assert str(path).encode() not in content, name
 
 
 def test_axes_of_a_language_model_have_the_names_of_optimum(tmp_path: Path) -> None:

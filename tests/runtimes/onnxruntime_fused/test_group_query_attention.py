@@ -299,8 +299,16 @@ def set_mask_value(graph, number):
 
 
 def infinite_mask(graph):
-    """Mask with minus infinity."""
+    """Mask with minus infinity, and set the weights of rows without keys, which are NaN, to 0."""
     set_mask_value(graph, -np.inf)
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0), "no_weight"))
+    for number, softmax in enumerate(nodes(graph, "Softmax")):
+        position, weights = list(graph.node).index(softmax), softmax.output[0]
+        softmax.output[0] = f"weights_{number}"
+        test = onnx.helper.make_node("IsNaN", softmax.output[:], [f"test_{number}"])
+        guard = onnx.helper.make_node("Where", [f"test_{number}", "no_weight", softmax.output[0]], [weights])
+        graph.node.insert(position + 1, guard)
+        graph.node.insert(position + 1, test)
 
 
 def soft_mask(graph):

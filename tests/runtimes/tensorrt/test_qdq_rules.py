@@ -130,9 +130,9 @@ def test_subnormal_fp16_scales_are_rare_and_accurate(int8):
 @pytest.mark.parametrize(
     ("activations", "least", "zero_points"),
     [
-        ("QInt8", 800, 750),  # the default of ONNX Runtime 1.31, int8 with zero points; measured 875
-        # the default of earlier versions, two violations per activation; measured 1,678
-        pytest.param("QUInt8", 1500, 750, marks=pytest.mark.slow),
+        ("QInt8", 770, 700),  # the default of ONNX Runtime 1.31, int8 with zero points; measured 786
+        # the default of earlier versions, two violations per activation; measured 1,678 with an earlier form of attention
+        pytest.param("QUInt8", 1300, 700, marks=pytest.mark.slow),
     ],
 )
 def test_default_quantization_violates_the_rules(deit, activations, least, zero_points):

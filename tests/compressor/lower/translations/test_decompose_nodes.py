@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from compressor.lower.onnx_operators import decompose_nodes
+from compressor.lower.translations.decompose_nodes import decompose_nodes
 
 aten = torch.ops.aten
 
