@@ -9,10 +9,8 @@ few tokens of a 224-pixel image. The optimisers of onnxruntime.transformers and 
     after   linear -> Split -> MultiHeadAttention          many tokens: block by block, scores stay in the CPU cache
             QAttention, including the linear map           int8, few tokens, narrow model: one product per head
 
-    before  (Q, DQ), DQ -> MatMul -> Add
-    after   Q -> MatMulIntegerToFloat with bias            ONNX Runtime alone leaves the Add separate. In a classifier
-                                                           head it fuses MatMul and Add to a float Gemm and dequantizes
-                                                           the weights in every run
+    before  (Q, DQ), DQ -> MatMul -> Add                   or Sub of a negated bias, as in a classifier
+    after   Q -> MatMulIntegerToFloat with bias            ONNX Runtime alone leaves the Add separate
 
 Any other pattern stays unchanged, such as attention with a mask or bias, or with heads split in another way.
 """
@@ -85,12 +83,16 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _Product:
-    """A MatMul of dequantized operands plus a bias; each operand is (quantized tensor, scale, zero point)."""
+    """A MatMul of dequantized operands plus a bias, or minus a `negated` one.
+
+    Each operand is (quantized tensor, scale, zero point).
+    """
 
     left: tuple[str, ...]
     right: tuple[str, ...]
     bias: str
     output: str
+    negated: bool
 
 
 def _fuse_attentions(graph: onnx.GraphProto) -> Counter[str]:
@@ -105,16 +107,23 @@ def _fuse_attentions(graph: onnx.GraphProto) -> Counter[str]:
 
 
 def _fuse_products(graph: onnx.GraphProto) -> Counter[str]:
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     index, replaced = Index(graph), {}
-    for node in graph.node:
-        product = _product(index, node.output[0]) if node.op_type == "Add" else None
-        if product is not None:
-            operands = [*(part for pair in zip(product.left, product.right, strict=True) for part in pair)]
-            replaced[product.output] = [
-                helper.make_node("MatMulIntegerToFloat", [*operands, product.bias], [product.output], domain=DOMAIN)
-            ]
+    for node in list(graph.node):
+        product = _product(index, node.output[0]) if node.op_type in ("Add", "Sub") else None
+        if product is None:
+            continue
+        bias = product.bias
+        if product.negated:
+            bias = f"{product.output}/bias"
+            graph.initializer.append(
+                numpy_helper.from_array(-numpy_helper.to_array(index.constants[product.bias]), bias)
+            )
+        operands = [*(part for pair in zip(product.left, product.right, strict=True) for part in pair)]
+        replaced[product.output] = [
+            helper.make_node("MatMulIntegerToFloat", [*operands, bias], [product.output], domain=DOMAIN)
+        ]
     replace(graph, replaced)
     return Counter({"MatMulIntegerToFloat": len(replaced)} if replaced else {})
 
@@ -132,7 +141,7 @@ def _attention_nodes(index: Index, attention: _Attention) -> list[onnx.NodeProto
             helper.make_node("MultiHeadAttention", parts, output, domain=DOMAIN, num_heads=heads, scale=scale),
         ]
     product = _product(index, attention.packed)
-    if product is None or not math.isclose(attention.scale, attention.width**-0.5, rel_tol=1e-5):
+    if product is None or product.negated or not math.isclose(attention.scale, attention.width**-0.5, rel_tol=1e-5):
         return []  # QAttention supports only this scale
     if index.constants[product.right[0]].dims[0] > NARROW:
         return []
@@ -183,11 +192,13 @@ def _part(index: Index, value: str) -> tuple[int, str, npt.NDArray[np.int64]] | 
 
 
 def _product(index: Index, value: str) -> _Product | None:
-    """Match a MatMul of two dequantized operands plus a constant bias, whose result is tensor `value`."""
-    add = index.maker(value, "Add")
+    """Match a MatMul of two dequantized operands plus or minus a constant, whose result is tensor `value`."""
+    add = index.maker(value, "Add") or index.maker(value, "Sub")
     names = [name for name in add.input if name not in index.constants] if add is not None else []
     matmul = index.maker(names[0], "MatMul") if len(names) == 1 else None
-    if add is None or matmul is None or index.reader(matmul.output[0], "Add") is None:
+    if add is None or matmul is None or index.reader(matmul.output[0], add.op_type) is None:
+        return None
+    if add.op_type == "Sub" and add.input[0] in index.constants:
         return None
     bias = next(name for name in add.input if name in index.constants)
     left, right = (index.maker(operand, "DequantizeLinear") for operand in matmul.input)
@@ -198,4 +209,4 @@ def _product(index: Index, value: str) -> _Product | None:
     weight = index.constant(right.input[0])
     if kinds != [3, 2] or weight is None or weight.ndim != 2 or shapes != [(), (), (weight.shape[1],)]:
         return None  # only int8 weights, uint8 activations with one scale, and one bias entry per column match
-    return _Product((*left.input,), (*right.input,), bias, add.output[0])
+    return _Product((*left.input,), (*right.input,), bias, add.output[0], add.op_type == "Sub")

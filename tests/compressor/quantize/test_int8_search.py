@@ -197,6 +197,35 @@ def test_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bool
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
 
 
+@pytest.mark.parametrize("bias", ["constant", "computed"])
+def test_gemm_with_a_constant_bias_keeps_no_float_weight_in_the_engine(tmp_path: Path, bias: str) -> None:
+    """ONNX Runtime multiplies it in int8; with an Add in place of the Sub it dequantizes the weight in every run."""
+    nodes = [
+        node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
+        node("ReduceMean", ["pooled"], "b_computed", keepdims=0),
+        node("Gemm", ["pooled", "w", "b" if bias == "constant" else "b_computed"], "y"),
+    ]
+    path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, N), "b": normal(N), "axes": np.array([1])}, ["y"])
+    x = normal(8, 4, K)
+    quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="static", calibration="minmax")
+    kinds = optimized_kinds(tmp_path / "q.onnx")
+    if bias == "constant":
+        assert "b" not in initializers(tmp_path / "q.onnx")
+        assert "MatMulIntegerToFloat" in kinds
+        assert "DequantizeLinear" not in kinds
+    exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
+    assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
+
+
+def optimized_kinds(path: Path) -> list[str]:
+    """Return the operators of a file after the optimizations of ONNX Runtime."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="its optimizations are tested")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [each.op_type for each in onnx.load(options.optimized_model_filepath).graph.node]
+
+
 @exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:

@@ -52,10 +52,11 @@ class Small:
         return model
 
 
-def dense(small, value, name, rows, columns, *, int8):
-    """Add a linear map of `value`, with quantized operands if `int8`."""
+def dense(small, value, name, rows, columns, *, int8, join="Add"):
+    """Add a linear map of `value`, with quantized operands if `int8`; the bias is added or its negative subtracted."""
     rng = np.random.default_rng(len(small.weights))
-    bias = small.constant(f"{name}.bias", rng.normal(size=columns).astype(np.float32))
+    values = rng.normal(size=columns).astype(np.float32)
+    bias = small.constant(f"{name}.bias", values if join == "Add" else -values)
     if int8:
         scale, zero = (
             small.constant(f"{name}.x.scale", np.float32(0.02)),
@@ -70,7 +71,7 @@ def dense(small, value, name, rows, columns, *, int8):
     else:
         weight = small.constant(f"{name}.w", (rng.normal(size=(rows, columns)) / 4).astype(np.float32))
     product = small.add("MatMul", [value, weight], f"{name}.product")
-    return small.add("Add", [product, bias], name)
+    return small.add(join, [product, bias], name)
 
 
 def attention(tokens, *, int8=False, swapped=False, masked=False, shared=False, scale=WIDTH**-0.25, long_way=True):
@@ -183,11 +184,12 @@ def test_wide_model_is_not_fused_to_quantized_attention(monkeypatch):
 
 
 @exact_int8
+@pytest.mark.parametrize("join", ["Add", "Sub"])
 @pytest.mark.parametrize("rank", [2, 3], ids=["a head", "tokens"])
-def test_quantized_product_is_fused_with_its_bias(tmp_path, rank):
+def test_quantized_product_is_fused_with_its_bias(tmp_path, rank, join):
     small = Small([], {})
     value, shape = "x", ["batch", *[4] * (rank - 2), SIZE]
-    y = dense(small, value, "linear", SIZE, 10, int8=True)
+    y = dense(small, value, "linear", SIZE, 10, int8=True, join=join)
     model = small.model([("x", ["batch", 4, SIZE][:1] + shape[1:])], [(y, [*shape[:-1], 10])])
     onnx.save(model, tmp_path / "model.onnx")
     feeds = {"x": np.random.default_rng(1).normal(size=(3, *shape[1:])).astype(np.float32)}
