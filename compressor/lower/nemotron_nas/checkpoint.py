@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from compressor.models.text.nemotron_nas import BlockShape, DeciLMForCausalLM
+    from compressor.models.text.block_configs import BlockShape
+    from compressor.models.text.nemotron_nas import DeciLMForCausalLM
     from passes.graph.graph import Graph, Site
     from passes.plan.plan import Plan
 
@@ -104,7 +105,8 @@ def _branches(graph: Graph, module: torch.nn.Module) -> list[tuple[str, ...]]:
 
 def _config(module: Any, branches: Sequence[Sequence[str]]) -> Any:
     """Return the config of the model with these branches in its blocks."""
-    from compressor.models.text.nemotron_nas import BlockShape, NemotronNasConfig
+    from compressor.models.text.block_configs import BlockShape
+    from compressor.models.text.nemotron_nas import NemotronNasConfig
 
     old = module.config
     shapes = [
@@ -120,7 +122,8 @@ def _config(module: Any, branches: Sequence[Sequence[str]]) -> Any:
 
 def _shapes(module: Any) -> tuple[BlockShape, ...]:
     """Return the shape of each block before the plan."""
-    from compressor.models.text.nemotron_nas import BlockShape, NemotronNasConfig, block_shapes
+    from compressor.models.text.block_configs import BlockShape
+    from compressor.models.text.nemotron_nas import NemotronNasConfig, block_shapes
 
     config: Any = module.config
     if isinstance(config, NemotronNasConfig):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.models.text.nemotron_nas import ARCHITECTURE, MODEL_TYPE, mlp_width
+from compressor.models.text.block_configs import ARCHITECTURE, MODEL_TYPE, mlp_width
 from compressor.workspace.json_files import OBJECT, read_json
 
 BPE_TOKENS = 128_256  # of Llama 3; the converter of llama.cpp writes a byte-level vocabulary of this size only

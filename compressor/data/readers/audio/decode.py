@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.io import wavfile
-from scipy.signal import resample_poly
 
 from compressor.limitations import Limitation
 
@@ -69,6 +67,8 @@ def decode(path: Path, rate: int) -> Clip:
     if not np.isfinite(mono).all():
         raise BrokenClipError("it holds NaN or infinite values")
     if own != rate:
+        from scipy.signal import resample_poly  # takes a second
+
         divisor = math.gcd(own, rate)
         mono = resample_poly(mono, rate // divisor, own // divisor)
     return Clip(mono.astype(np.float32), own, channels)
@@ -98,6 +98,8 @@ def _read(path: Path) -> tuple[int, npt.NDArray[Any]]:
 
         values, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
         return rate, values
+    from scipy.io import wavfile
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks of text, such as a title
         rate, values = wavfile.read(path)

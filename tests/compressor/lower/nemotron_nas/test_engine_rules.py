@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.lower.nemotron_nas.engine_rules import ENGINES, Checkpoint, serving, verdicts
-from compressor.models.text.nemotron_nas import BlockShape, DeciLMForCausalLM, NemotronNasConfig
+from compressor.models.text.block_configs import BlockShape
+from compressor.models.text.nemotron_nas import DeciLMForCausalLM, NemotronNasConfig
 
 HEADS, HIDDEN = 4, 32
 LLAMA2 = {"model": {"type": "BPE", "byte_fallback": True}, "decoder": {"type": "Sequence"}}

@@ -10,9 +10,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from compressor import models
 from compressor.lower.trace import trace
 from compressor.models import ModelError
-from compressor.models.text import nemotron_nas
+from compressor.models.text import block_configs
+from compressor.models.text.block_configs import BlockShape
 from compressor.models.text.kv_cache import CACHE_NAMES
-from compressor.models.text.nemotron_nas import BlockShape, DeciLMForCausalLM, NemotronNasConfig, block_shapes
+from compressor.models.text.nemotron_nas import DeciLMForCausalLM, NemotronNasConfig, block_shapes
 from passes.execute.interpreter import run
 from passes.graph.sites import find_sites
 
@@ -143,12 +144,12 @@ def test_code_beside_a_checkpoint_is_not_run(folder, tmp_path):
 def test_a_width_by_ffn_mult_is_a_multiple_of_256():
     for hidden in (64, 576, 4096, 8192):
         for width in range(256, 4096, 256):
-            multiple = nemotron_nas.ffn_mult(width, hidden)
-            assert nemotron_nas.mlp_width(multiple, hidden) == width
-            assert nemotron_nas.mlp_width(round(multiple, 6), hidden) == width
-        assert nemotron_nas.ffn_mult(1000, hidden) is None
+            multiple = block_configs.ffn_mult(width, hidden)
+            assert block_configs.mlp_width(multiple, hidden) == width
+            assert block_configs.mlp_width(round(multiple, 6), hidden) == width
+        assert block_configs.ffn_mult(1000, hidden) is None
     # Two blocks of nvidia/Llama-3_3-Nemotron-Super-49B-v1, of width 8192.
-    assert (nemotron_nas.mlp_width(5.25, 8192), nemotron_nas.mlp_width(1.3125, 8192)) == (28672, 7168)
+    assert (block_configs.mlp_width(5.25, 8192), block_configs.mlp_width(1.3125, 8192)) == (28672, 7168)
 
 
 @pytest.mark.parametrize(
