@@ -19,6 +19,7 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
+from passes.rewrite.join_slices import SCATTER, JoinSlices
 from passes.rewrite.read_size import ReadSize
 from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
@@ -93,6 +94,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     if (found := unsupported_operator(graph)) is not None:
         raise TraceError(f"{model.name} {found}.")
     apply(Clean(), graph)
+    if any(node.target is SCATTER for node in graph.nodes()):
+        apply(JoinSlices(), graph)
     if any(map(is_complex, graph.nodes())):
         apply(RealArithmetic(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
