@@ -219,7 +219,7 @@ def test_arrays_beside_the_images_are_an_error(tmp_path, sample):
 
 
 def test_an_assumed_attention_mask_is_a_limitation(tmp_path, llama):
-    np.save(tmp_path / "ids.npy", np.ones((6, 5), np.int64))
+    np.save(tmp_path / "ids.npy", np.arange(30).reshape(6, 5))
     assert features(read(tmp_path / "ids.npy", models.load(llama))) == ["input attention_mask"]
 
 

@@ -1,14 +1,17 @@
 """Class names as texts: where they come from, how labels find them, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from compressor import models
 from compressor.choices import ZERO_SHOT
 from compressor.data import splits
 from compressor.data.class_prompts import _words_of_synsets, read_class_names
+from compressor.data.readers.image_text.captions import read_captions
 from compressor.data.rows import take_rows
 from compressor.errors import DataError
 from tests.two_towers import COLOURS, END, picture, saved, tokenizer, write_captions, write_pictures
@@ -94,6 +97,17 @@ def test_pairs_have_a_text_for_each_image(shared, preprocess):
         expected = tokenizer()(texts, padding=True, return_tensors="np")["input_ids"]
         np.testing.assert_array_equal(batch.feeds["input_ids"], expected)
         assert len(batch.feeds["pixel_values"]) == len(expected)
+
+
+def test_an_image_with_two_texts_is_two_samples_and_its_copy_with_one_of_them_is_none(preprocess, tmp_path):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / f"{name}.png")
+    rows = [("a", "red"), ("b", "red"), ("c", "blue")]
+    lines = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in rows)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    samples = read_captions(tmp_path / "metadata.jsonl", "captions", preprocess["clip"])
+    contents = [samples.content(index) for index in range(3)]
+    assert contents[0] == contents[1] != contents[2]
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_fields_that_a_task_does_not_read_are_said(tmp_path):
 
 def test_contexts_that_are_truncated_are_counted(tmp_path):
     bert(tmp_path / "m", "BertForQuestionAnswering")
-    rows = [{"question": "w5", "context": " ".join(["w6"] * length)} for length in (3, 3, 3, 3, 90)]
+    rows = [{"question": "w5", "context": " ".join(["w6"] * length)} for length in (3, 4, 5, 6, 90)]
     model = models.load(tmp_path / "m")
     read = splits.load(str(write_lines(tmp_path / "t.jsonl", rows)), model.preprocess, task=model.task)
     assert [each.reason for each in read.limitations] == ["1 of 5 texts have more than 48 tokens and are truncated"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from compressor.data.readers.base import Feeds, Samples
 from compressor.data.readers.image_text.pairs import Pairs, read_pairs
 from compressor.data.readers.images import open_image, pictures
+from compressor.data.sample_cache import digest
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
@@ -35,6 +36,7 @@ def read_captions(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
         samples,
         feeds=lambda indices: samples.feeds(indices) | _tokens(preprocess, pairs, indices),
         lengths=lambda indices: _lengths(preprocess, pairs, indices),
+        content=lambda index: _with_text(samples, pairs, index),
         has_texts=True,
     )
 
@@ -64,9 +66,16 @@ def _with_images(metadata: Path, name: str, preprocess: Preprocess, pairs: Pairs
         skipped=pairs.skipped,
         faults=source.faults,
         shown=source.shown,
+        content=source.content,
         findings=source.findings,
         limitations=pairs.limitations,
     )
+
+
+def _with_text(samples: Samples, pairs: Pairs, index: int) -> bytes:
+    """Return a hash of an image and its text."""
+    assert samples.content is not None
+    return samples.content(index) + digest(pairs.texts[index])
 
 
 def _tokens(preprocess: Preprocess, pairs: Pairs, indices: Sequence[int]) -> Feeds:

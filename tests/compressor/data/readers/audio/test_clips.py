@@ -69,6 +69,19 @@ def test_clips_that_cannot_be_used(tmp_path, samples, reason):
         decode(path, RATE)
 
 
+def test_copies_of_a_clip_have_the_same_content(tmp_path):
+    """A copy of another rate or depth is not the same clip to the model, as it is resampled."""
+    for name, pitch in (("a", 300.0), ("b", 300.0), ("c", 400.0)):
+        write(tmp_path / f"{name}.wav", tone(0.5, pitch, 0), RATE)
+    samples = reading(tmp_path)
+    contents = [samples.content(index) for index in range(3)]
+    assert contents[0] == contents[1] != contents[2]
+    data = load(str(tmp_path), prepared(), task="audio-classification")
+    copies = [each.reason for each in data.limitations if each.feature == "equal samples"]
+    seen = {*data.calibration.ids, *data.validation.ids}
+    assert bool(copies) == ("c.wav" not in data.test.ids and len(seen - {"c.wav"}) == 1)
+
+
 def test_class_folders_are_labels_and_clips_are_padded_with_a_mask(tmp_path):
     samples = reading(tones(tmp_path, 2))
     assert samples.class_names == tuple(sorted(TONES))
