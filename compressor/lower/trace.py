@@ -159,10 +159,10 @@ def _explain(model: Model, error: Exception) -> str:
             f"{model.name} could not be traced by torch.export with dynamic height and width ({reason}); give "
             "--image-size with numbers instead of dynamic."
         )
+    other = "; --task may choose another head" if model.source == "transformers" else ""
     return (
-        f"{model.name} could not be traced by torch.export ({reason}); "
-        "Compressor needs a forward pass without branches on tensor values that works at any batch size, "
-        "and for a transformers model --task may choose another head."
+        f"{model.name} could not be traced by torch.export ({reason}); Compressor needs a forward pass without branches "
+        f"on tensor values that works at any batch size{other}."
     )
 
 

@@ -1,5 +1,7 @@
 """Tracing: the batch is dynamic, in-place operators become functional ones, and errors name the cause."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -101,6 +103,7 @@ def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
     assert one_sentence(str(caught.value)), str(caught.value)
     assert "branches on tensor values" in str(caught.value)
     assert "`return x + 1 if x.sum() > 0 else x - 1`" in str(caught.value)
+    assert "--task" not in str(caught.value)  # which chooses the head of a transformers model
     assert caught.value.__cause__ is not None
     assert capfd.readouterr().err == ""  # the partial graph that torch prints is suppressed
 
@@ -109,6 +112,12 @@ def test_a_fixed_batch_is_an_error_in_one_sentence():
     with pytest.raises(TraceError, match="the code fixes axis 0 of input x to 2") as caught:
         trace(load(FixedBatch(), 2, 4))
     assert one_sentence(str(caught.value)), str(caught.value)
+
+
+def test_another_head_is_a_way_round_for_a_model_of_transformers_only():
+    model = dataclasses.replace(load(Branches(), 2, 4), source="transformers")
+    with pytest.raises(TraceError, match=r"at any batch size; --task may choose another head\.$"):
+        trace(model)
 
 
 def test_tracing_does_not_change_the_module():
