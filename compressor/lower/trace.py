@@ -161,8 +161,8 @@ def _explain(model: Model, error: Exception) -> str:
         )
     other = "; --task may choose another head" if model.source == "transformers" else ""
     return (
-        f"{model.name} could not be traced by torch.export ({reason}); Compressor needs a forward pass without branches "
-        f"on tensor values that works at any batch size{other}."
+        f"{model.name} could not be traced by torch.export ({reason}); Compressor needs a forward pass without "
+        f"branches on tensor values that works at any batch size{other}."
     )
 
 
