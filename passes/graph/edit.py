@@ -315,8 +315,9 @@ def name_squeezed_axes(graph: Graph) -> list[str]:
     """
     squeezes = [node for node in graph.nodes() if node.target is aten.squeeze.default]
     for node in squeezes:
-        sizes = value_of(node.args[0]).shape
         value = node.args[0]
+        assert isinstance(value, fx.Node)
+        sizes = value_of(value).shape
         for axis in [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == 1][::-1]:
             value = insert_call(graph, aten.squeeze.dim, value, axis, before=node)
         replace_all_uses(graph, node, value)

@@ -97,11 +97,9 @@ def at_end_token(module: Any, task: str) -> Iterator[bool]:
 
 def with_end_token(model: Model) -> Model:
     """Return the model of such a classifier, whose call reads the last end token by index."""
-    return replace(
-        model,
-        call=partial(_at_end_token, call=model.call),
-        limitations=(*model.limitations, *_limitations(model.module.config.eos_token_id, model.tokenizer)),
-    )
+    module: Any = model.module
+    said = _limitations(module.config.eos_token_id, model.tokenizer)
+    return replace(model, call=partial(_at_end_token, call=model.call), limitations=(*model.limitations, *said))
 
 
 def _at_end_token(
