@@ -114,6 +114,8 @@ def _distinguish(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.BatchNorm2d) and part.weight.abs().max() < VANISHING:
             torch.nn.init.ones_(part.weight)
+        if isinstance(part, torch.nn.Conv2d) and type(module).__name__.startswith("DFine"):
+            torch.nn.init.kaiming_normal_(part.weight)  # its small ones leave features of 1e-12, and equal scores
 
 
 def _complete(config: Any) -> None:
