@@ -42,9 +42,9 @@ HEADS = (
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
-    "SEQUENCE_CLASSIFICATION",
     "IMAGE_CLASSIFICATION",
     "IMAGE_TEXT_TO_TEXT",
+    "SEQUENCE_CLASSIFICATION",
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
     "CTC",
@@ -52,6 +52,7 @@ HEADS = (
     "DEPTH_ESTIMATION",
     "SEMANTIC_SEGMENTATION",
     "",
+    "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
 GENERATION = "text-generation"  # of texts alone, by the class itself
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
@@ -67,16 +68,21 @@ SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
 def class_of(config: Any) -> Any:
     """Return the class that users load a configuration with: that of its first head in `HEADS`.
 
+    A class of a part, such as the language model of Llama 4 alone, is left out: it is listed for the whole
+    configuration too, but cannot be built from it.
+
     Raises:
         ValueError: no automatic class of transformers opens it.
     """
     from transformers.models.auto import modeling_auto
 
+    parts = (getattr(config, "sub_configs", None) or {}).values()
     for head in HEADS:
         mapping = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING" if head else "MODEL_MAPPING")
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+        found = mapping.get(type(config), ())
+        for each in found if isinstance(found, tuple | list) else (found,):
+            if each.config_class not in parts:
+                return each
     raise ValueError("part of another model: no automatic class opens it")
 
 
@@ -108,6 +114,8 @@ def _distinguish(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.BatchNorm2d) and part.weight.abs().max() < VANISHING:
             torch.nn.init.ones_(part.weight)
+        if isinstance(part, torch.nn.Conv2d) and type(module).__name__.startswith("DFine"):
+            torch.nn.init.kaiming_normal_(part.weight)  # its small ones leave features of 1e-12, and equal scores
 
 
 def _complete(config: Any) -> None:

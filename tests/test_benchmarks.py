@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from compressor.lower.traced_model import load
 from compressor.measure.graph_evaluator import GraphEvaluator
@@ -1201,6 +1202,19 @@ def test_an_architecture_is_judged_by_its_own_class(tmp_path):
     refused = judged("blip", tmp_path / "blip")
     assert refused["outcome"] == "refused"
     assert "is a BlipForConditionalGeneration, which has no image_token_id in its config" in refused["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("Llama4Config", "Llama4ForConditionalGeneration"),  # a class of its language model is listed before
+        ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
+        ("MusicgenConfig", "MusicgenForConditionalGeneration"),
+        ("ExaoneConfig", "LlamaForCausalLM"),  # of another architecture, but no part of it
+    ],
+)
+def test_the_class_of_an_architecture_is_no_class_of_its_parts(name, own):
+    assert script("coverage").class_of(getattr(transformers, name)()).__name__ == own
 
 
 @pytest.mark.slow

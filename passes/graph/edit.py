@@ -308,6 +308,22 @@ def views_to_reshapes(graph: Graph) -> list[str]:
     return [node.name for node in views]
 
 
+def name_squeezed_axes(graph: Graph) -> list[str]:
+    """Let `squeeze` without axes remove those that have size 1 for every input; return the names of the nodes.
+
+    By itself it would also remove an axis of the batch that has one row.
+    """
+    squeezes = [node for node in graph.nodes() if node.target is aten.squeeze.default]
+    for node in squeezes:
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        sizes = value_of(value).shape
+        for axis in [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == 1][::-1]:
+            value = insert_call(graph, aten.squeeze.dim, value, axis, before=node)
+        replace_all_uses(graph, node, value)
+    return [node.name for node in squeezes]
+
+
 def remove_assertions(graph: Graph) -> list[str]:
     """Remove nodes that only assert properties of traced values; return their names."""
     asserting = [node for node in graph.nodes() if node.target in ASSERTIONS]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph.edit import remove_assertions, remove_dead, replace_all_uses, views_to_reshapes
+from passes.graph.edit import name_squeezed_axes, remove_assertions, remove_dead, replace_all_uses, views_to_reshapes
 from passes.graph.graph import CASTS, COPIES, DROPOUTS, Graph, value_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clean:
-    """Rewrite pass that removes no-ops and dead code and replaces views by stride-independent reshapes.
+    """Rewrite pass that removes no-ops and dead code, and makes views and squeezes independent of strides and batch.
 
     Before::
 
@@ -35,6 +35,7 @@ class Clean:
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Clean the graph. Return the names of the removed nodes."""
         views_to_reshapes(graph)  # first, because a view may depend on the strides of a copy that is removed next
+        name_squeezed_axes(graph)
         removed = remove_assertions(graph)
         for node in graph.nodes():
             if is_identity(node):

@@ -25,6 +25,7 @@ from compressor.models.pretrained.signature import (
 )
 from compressor.models.text import sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
+from compressor.models.text.end_tokens import at_end_token, with_end_token
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
@@ -42,6 +43,15 @@ def wrap(loaded: Loaded) -> Model:
     Raises:
         ModelError: the module does not give the outputs of its task for a text, or its cache cannot be detected.
     """
+    with at_end_token(loaded.module, loaded.task) as reads_end:
+        model = _wrapped(loaded)
+    if reads_end:
+        return with_end_token(model)
+    return model if loaded.task != "text-generation" else with_cache(model, loaded.cache)
+
+
+def _wrapped(loaded: Loaded) -> Model:
+    """Return the model without its KV cache."""
     module, location, task = loaded.module, loaded.location, loaded.task
     experts = use_writable_experts(module)
     tokenizer = tokenizer_of(location, loaded.options)
@@ -53,7 +63,7 @@ def wrap(loaded: Loaded) -> Model:
     longest = max_length(module, tokenizer, loaded.sentence_files)
     padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, longest)
     example = _text_example(module, inputs, longest)
-    model = Model(
+    return Model(
         **loaded.fields,
         call=signature.call,
         inputs=inputs,
@@ -74,7 +84,6 @@ def wrap(loaded: Loaded) -> Model:
         ),
         class_names=loaded.class_names,
     )
-    return model if task != "text-generation" else with_cache(model, loaded.cache)
 
 
 def _signature(module: Any, task: str, inputs: tuple[str, ...]) -> Signature:

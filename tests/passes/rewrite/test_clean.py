@@ -1,5 +1,6 @@
 """Nodes that Clean removes, and nodes that it must keep."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,6 +45,22 @@ def test_no_ops_and_dead_code_are_removed():
     x = torch.rand(2, 4)
     with torch.inference_mode():
         assert torch.equal(graph.module(x)[0] if isinstance(graph.module(x), tuple) else graph.module(x), module(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (4, 4)])  # sizes of the axes behind the batch
+def test_a_squeeze_without_axes_keeps_the_axis_of_the_batch(shape):
+    class Squeezes(nn.Module):
+        def forward(self, x):
+            return x.squeeze() * 2
+
+    batch = torch.rand(3, *shape)
+    program = torch.export.export(Squeezes(), (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    graph = Graph(program.module(check_guards=False), ("x",), ("y",))
+    apply(Clean(), graph)
+    for rows in (1, 2):
+        expected = batch[:rows].reshape(rows, *(size for size in shape if size > 1)) * 2
+        (found,) = run(graph, {"x": batch[:rows]})
+        assert torch.equal(found, expected)
 
 
 def test_casts_to_another_dtype_stay():
