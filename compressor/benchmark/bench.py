@@ -29,7 +29,14 @@ from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
 from compressor.target.half_arithmetic import FP16, half_types
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_file, check_outside, check_writable, scratch_folder, write_file
+from compressor.workspace.output_folder import (
+    check_file,
+    check_outside,
+    check_outside_data,
+    check_writable,
+    scratch_folder,
+    write_file,
+)
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
@@ -56,6 +63,7 @@ def bench(
     check_file(output)
     check_writable(output.parent)
     check_outside(output.parent)
+    check_outside_data(output, settings.data)
     steps = Steps(console)
     with output_lock(output, steps.say), scratch_folder(output) as scratch:
         comparison = _compared(settings, scratch, steps, command)
