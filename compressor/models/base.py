@@ -34,6 +34,10 @@ class ModelError(CompressorError):
     """A MODEL argument that cannot be loaded."""
 
 
+class NoImageSizeError(ModelError):
+    """A size of images for a model that takes none."""
+
+
 @dataclass(frozen=True)
 class EvaluatedOutput:
     """The output of a model that quality is measured on.
