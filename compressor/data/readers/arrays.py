@@ -12,6 +12,7 @@ from PIL import Image
 from compressor.data.readers.base import TOO_LARGE, Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
 from compressor.data.readers.decode_image import MODES
 from compressor.data.readers.images import pictures
+from compressor.data.sample_cache import digest
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -176,7 +177,7 @@ def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
         source.feeds,
         f"raw {array.dtype} images in an array",
         shown=source.shown,
-        content=source.content,
+        content=lambda index: digest(pixels[index]),
         limitations=tuple(_of_raw_images(array, channels)),
     )
 

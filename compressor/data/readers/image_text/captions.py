@@ -9,6 +9,7 @@ from pathlib import Path
 from compressor.data.readers.base import Feeds, Samples
 from compressor.data.readers.image_text.pairs import Pairs, read_pairs
 from compressor.data.readers.images import open_image, pictures
+from compressor.data.sample_cache import digest
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
@@ -36,6 +37,7 @@ def read_captions(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
         feeds=lambda indices: samples.feeds(indices) | _tokens(preprocess, pairs, indices),
         lengths=lambda indices: _lengths(preprocess, pairs, indices),
         has_texts=True,
+        content=lambda index: _content(samples, pairs, index),
     )
 
 
@@ -66,7 +68,14 @@ def _with_images(metadata: Path, name: str, preprocess: Preprocess, pairs: Pairs
         shown=source.shown,
         findings=source.findings,
         limitations=pairs.limitations,
+        content=source.content,
     )
+
+
+def _content(samples: Samples, pairs: Pairs, index: int) -> bytes:
+    """Return a hash of a pair, which is equal to another if both its image and its text are."""
+    assert samples.content is not None, "`pictures` sets it"
+    return samples.content(index) + digest(pairs.texts[index])
 
 
 def _tokens(preprocess: Preprocess, pairs: Pairs, indices: Sequence[int]) -> Feeds:
