@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.choices import AUTO, GGUF, TRANSFORMERS
-from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
 from compressor.deferred.parser import parsed_by
@@ -540,8 +539,6 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
-    if subject.data.skipped:
-        notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed(), *report.exceeded())
 
 
@@ -562,9 +559,3 @@ def _unchanged(report: Report, settings: Settings) -> str:
         f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, and each lost more; "
         f"{report.search['ended']}."
     )
-
-
-def _skipped_ids(data: Data) -> str:
-    """Return the ids of the first five skipped samples."""
-    names = [skipped.id for skipped in data.skipped[:5]]
-    return ", ".join(names) + (", ..." if len(data.skipped) > len(names) else "")
