@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,21 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, evaluated_on, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
+from compressor.models.base import NoImageSizeError
 from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.models.weights.stored_dtypes import describe_dtypes
 from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
 from compressor.target.half_arithmetic import FP16, half_types
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_file, check_outside, check_writable, scratch_folder, write_file
+from compressor.workspace.output_folder import (
+    check_file,
+    check_outside,
+    check_outside_data,
+    check_writable,
+    scratch_folder,
+    write_file,
+)
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
@@ -56,6 +65,7 @@ def bench(
     check_file(output)
     check_writable(output.parent)
     check_outside(output.parent)
+    check_outside_data(output, settings.data)
     steps = Steps(console)
     with output_lock(output, steps.say), scratch_folder(output) as scratch:
         comparison = _compared(settings, scratch, steps, command)
@@ -157,8 +167,8 @@ def _set_up(
     """Load the models and the data, and return the test bench."""
     _check_tasks(folders)
     with steps.step("load the models"):
-        settings = _with_image_size(settings, folders)
-        loaded = {each.name: _load_contender(each, settings) for each in contenders if each.is_model}
+        image_size = _image_size(settings, folders)
+        loaded = {each.name: _load_contender(each, settings, folders) for each in contenders if each.is_model}
         model = _model(settings, folders, loaded)
     check_model(model, settings.asked)
     entries = tuple(
@@ -171,7 +181,7 @@ def _set_up(
     _check_unused(settings, entries)
     against = _against(settings.against, entries)
     context_lengths = contexts(settings.context, model)
-    export_settings = _export_settings(settings, folders)
+    export_settings = _export_settings(dataclasses.replace(settings, image_size=image_size), folders)
     with steps.step("load the data") as tick:
         data_and_model = _with_targets(
             settings, loaded, model, load_data(export_settings, model, tick, decision=_decision_share(folders))
@@ -203,8 +213,8 @@ def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> No
         )
 
 
-def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> BenchSettings:
-    """Return the settings with the size of the first folder's images, if none is given.
+def _image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> str | int | None:
+    """Return the size of the first folder's images, or that of the settings without a folder.
 
     Raises:
         BenchError: the folders have different sizes, or another size than the one that is given.
@@ -216,22 +226,27 @@ def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder
             f"the folders take images of different sizes: {listing}; measure folders of one size at a time."
         )
     if not folders:
-        return settings
+        return settings.image_size
     first, size = next(iter(sizes.items()))
     if settings.image_size is not None and parse_image_size(settings.image_size) != parse_image_size(size):
         raise BenchError(
             f"--image-size is {settings.image_size} and {first} takes images of size {size}; leave --image-size out."
         )
-    return dataclasses.replace(settings, image_size=size)
+    return size
 
 
-def _load_contender(contender: Contender, settings: BenchSettings) -> Model:
+def _load_contender(contender: Contender, settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> Model:
     """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
-    return _load(contender.spec, settings) if contender.folder is None else contender.folder.checkpoint()
+    return _load(contender.spec, settings, folders) if contender.folder is None else contender.folder.checkpoint()
 
 
-def _load(spec: str, settings: BenchSettings) -> Model:
-    return models.load(
+def _load(spec: str, settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> Model:
+    """Load a model of the command line for images of the size of the folders, or of --image-size.
+
+    A module of one's own and a model of something else take no size; only one that the user gave is refused for them.
+    """
+    load = partial(
+        models.load,
         spec,
         task=settings.task,
         problem_type=settings.problem_type,
@@ -239,14 +254,19 @@ def _load(spec: str, settings: BenchSettings) -> Model:
         random_weights=settings.random_weights,
         trust_remote_code=settings.trust_remote_code,
         cache=settings.cache,
-        image_size=parse_image_size(settings.image_size),
     )
+    try:
+        return load(image_size=parse_image_size(_image_size(settings, folders)))
+    except NoImageSizeError:
+        if settings.image_size is not None:
+            raise
+        return load()
 
 
 def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded: Mapping[str, Model]) -> Model:
     """Return the model whose preprocessing, task and input names are used; it counts as random if any weights are."""
     if settings.model is not None:
-        model = _load(settings.model, settings)
+        model = _load(settings.model, settings, folders)
     elif folders or loaded:
         first = _first_model(next(iter(folders.values()), None), loaded)
         if first.is_encoder_decoder and loaded:  # the model around a folder's engine has no weights to generate with

@@ -161,11 +161,12 @@ def inspect(quiet: bool, **options: Any) -> None:
 
     from compressor.limitations import format_limitations
     from compressor.pipeline import inspect as pipeline
-    from compressor.workspace.output_folder import check_outside, check_writable
+    from compressor.workspace.output_folder import check_outside, check_outside_data, check_writable
 
     output = Path(options["output"])
     check_writable(output)
     check_outside(output)
+    check_outside_data(output, options["data"], *options["against_data"])
     inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
     out = Console()
     out.print(inspection.table())

@@ -119,6 +119,8 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 INSIDES = (
     # torchao 0.18 registers enums in a way that torch 2.14 warns about; transformers imports torchao if present.
     ("torch.utils._pytree", "register_constant() on Enum subclasses"),
+    # A call that tries an input (--max-memory) may fail; torch also raises the error that it logs.
+    ("torch._subclasses.fake_tensor", "failed while attempting to run meta for"),
 )
 
 

@@ -85,12 +85,13 @@ def find_files(folder: Path, name: str, kind: FilesOf) -> ClassFolders:
             f"the folder {name} holds no {kind.one}s{unreadable}; expected {kind.one} files ({suffixes}) or class "
             f"folders of {kind.one} files"
         )
+    labels = None if flat else np.array([label for _, label in files], dtype=np.int64)
     return ClassFolders(
         tuple(file for file, _ in files),
         None if flat else tuple(classes),
-        None if flat else np.array([label for _, label in files], dtype=np.int64),
+        labels,
         skipped,
-        tuple(_limitations(folder, len(files), kind)),
+        (*_limitations(folder, len(files), kind), *_empty(classes, labels, kind)),
     )
 
 
@@ -110,6 +111,19 @@ def _limitations(folder: Path, count: int, kind: FilesOf) -> Iterator[Limitation
         yield Limitation(
             "files of the data",
             f"{len(files) - count} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
+        )
+
+
+def _empty(classes: Sequence[str], labels: npt.NDArray[np.int64] | None, kind: FilesOf) -> Iterator[Limitation]:
+    """Yield a limitation for class folders without files, such as those of a copy that was cut short."""
+    filled = set() if labels is None else set(labels.tolist())
+    empty = [] if labels is None else [name for label, name in enumerate(classes) if label not in filled]
+    if empty:
+        yield Limitation(
+            "class folders",
+            f"{len(empty):,} of {len(classes):,} hold no {kind.one}s ({', '.join(empty[:3])}"
+            f"{', ...' * (len(empty) > 3)}), so the figures say nothing of these classes; complete the copy, or remove "
+            "the folders",
         )
 
 

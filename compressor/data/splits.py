@@ -356,10 +356,43 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
-        limitations=(*samples.limitations, *samples.findings(), *lengths.limitations, *copies),
+        limitations=(
+            *samples.limitations,
+            *samples.findings(),
+            *lengths.limitations,
+            *_left_out(skipped, len(usable)),
+            *_one_class(samples, usable),
+            *copies,
+        ),
         pairs=samples.pairs,
         prompts=prompts,
     )
+
+
+def _left_out(skipped: Sequence[Skipped], usable: int) -> Iterator[Limitation]:
+    """Yield a limitation that counts the samples that cannot be used, with the first and its reason."""
+    if skipped:
+        ids = ", ".join(sample.id for sample in skipped[:5]) + ", ..." * (len(skipped) > 5)
+        yield Limitation(
+            "samples left out",
+            f"{len(skipped):,} of {len(skipped) + usable:,} cannot be used: {ids} (the first: {skipped[0].reason})",
+        )
+
+
+def _one_class(samples: Samples, usable: Sequence[int]) -> Iterator[Limitation]:
+    """Yield a limitation if all samples have one class: a model that always answers it would be perfect."""
+    if samples.labels is None or samples.label_kind != "class":
+        return
+    found = set(samples.labels[list(usable)].tolist())
+    if len(found) == 1:
+        (number,) = found
+        numbers = {} if samples.numbering is None else samples.numbering.numbers
+        name = next((repr(name) for name, each in numbers.items() if each == number), str(number))
+        yield Limitation(
+            "classes of the data",
+            f"all {len(usable):,} samples have the class {name}, so that a model which always answers it has an "
+            "accuracy of 100 %, and the figures say nothing of the others; give samples of all classes",
+        )
 
 
 def _split(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.choices import TASKS, ImageSize
-from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
+from compressor.models.base import Model, ModelError, NoImageSizeError, load_error_reason, no_language_model
 from compressor.models.problem_type import with_problem_type
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 from compressor.workspace.manifest import LOADED
@@ -96,7 +96,7 @@ def load(
             **({"image_size": image_size} if source in ("timm", "transformers") else {}),
         )
     if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
-        raise ModelError(
+        raise NoImageSizeError(
             f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
             f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
         )

@@ -34,6 +34,10 @@ class ModelError(CompressorError):
     """A MODEL argument that cannot be loaded."""
 
 
+class NoImageSizeError(ModelError):
+    """A size of images for a model that takes none."""
+
+
 @dataclass(frozen=True)
 class EvaluatedOutput:
     """The output of a model that quality is measured on.
@@ -281,7 +285,10 @@ def load_error_reason(error: BaseException) -> str:
         return "its weights are a pickle that runs code when it is read, which is refused; convert it to safetensors"
     if "trust_remote_code" in text:
         return "its repository contains custom code, which is not run; pass --trust-remote-code if you trust its author"
-    return hub_error_reason(error) or first_line(error)
+    reason = hub_error_reason(error)
+    if reason is None and isinstance(error, FileNotFoundError):  # safetensors sets no `filename`
+        return f"{first_line(error)}, which another of its files names; copy the whole model again"
+    return reason or first_line(error)
 
 
 def hub_error_reason(error: BaseException) -> str | None:

@@ -29,7 +29,7 @@ from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.video.inputs import takes_videos
 from compressor.models.vision_language import parts as vision_language
-from compressor.models.weights.config_checks import check_counts, check_parameters
+from compressor.models.weights.config_checks import check_counts, check_parameters, damaged_labels
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 from passes.torch_internals import FakeTensorMode
@@ -129,7 +129,8 @@ def load(
         except ModelError:
             raise
         except Exception as error:  # transformers does not wrap hub, file and shape errors
-            raise ModelError(f"transformers could not load {location}: {load_error_reason(error)}.") from error
+            reason = damaged_labels(Path(location)) or load_error_reason(error)
+            raise ModelError(f"transformers could not load {location}: {reason}.") from error
         loaded = Loaded(
             module.eval().float(),
             location,

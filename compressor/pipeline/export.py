@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.choices import AUTO, GGUF, TRANSFORMERS
-from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
 from compressor.deferred.parser import parsed_by
@@ -65,7 +64,7 @@ from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
 from compressor.workspace.json_files import utf8
-from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
+from compressor.workspace.output_folder import check_outside_data, engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
@@ -152,6 +151,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         settings = measured_by_stand_in(settings)
     target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
+    check_outside_data(output, settings.data)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
     with (
@@ -539,8 +539,6 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
-    if subject.data.skipped:
-        notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed(), *report.exceeded())
 
 
@@ -561,9 +559,3 @@ def _unchanged(report: Report, settings: Settings) -> str:
         f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, and each lost more; "
         f"{report.search['ended']}."
     )
-
-
-def _skipped_ids(data: Data) -> str:
-    """Return the ids of the first five skipped samples."""
-    names = [skipped.id for skipped in data.skipped[:5]]
-    return ", ".join(names) + (", ..." if len(data.skipped) > len(names) else "")

@@ -119,6 +119,29 @@ def check_outside(folder: Path) -> None:
     )
 
 
+def check_outside_data(output: Path, *sources: object) -> None:
+    """Check that an output does not come to lie in a folder of samples, where the next run would read it as samples.
+
+    Args:
+        output: the file or folder that the run writes.
+        sources: values of --data; those that name no folder, such as None, files and data sets of the hub, are ignored.
+
+    Raises:
+        FolderError: it is one of the folders, or lies in one.
+    """
+    resolved = resolved_output(output)
+    for source in sources:
+        if (
+            isinstance(source, (str, Path))
+            and resolved.is_relative_to(Path(source).resolve())
+            and Path(source).is_dir()
+        ):
+            raise FolderError(
+                f"{output} is or lies in the data {source}, whose files and folders are read as samples and classes; "
+                "choose an --output outside it."
+            )
+
+
 def listed_file(folder: Path, name: str, digests: Mapping[str, str]) -> Path:
     """Return the path of a file in a checked folder.
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from compressor.errors import FolderError
 from compressor.workspace.add_files import exchange
 from compressor.workspace.folder_errors import readable_errors, resolved_output
-from compressor.workspace.manifest import MANIFEST, check_outside, digest_of, read_entries, read_manifest
+from compressor.workspace.manifest import (
+    MANIFEST,
+    check_outside,
+    check_outside_data,
+    digest_of,
+    read_entries,
+    read_manifest,
+)
 from compressor.workspace.output_lock import (
     INSIDE,
     JOURNAL,
@@ -33,6 +40,7 @@ __all__ = [
     "FolderError",
     "check_file",
     "check_outside",
+    "check_outside_data",
     "check_writable",
     "copy_onnx",
     "engine_bytes",

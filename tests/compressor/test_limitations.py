@@ -404,6 +404,16 @@ def test_standard_error_has_no_messages_of_libraries(which, llama, tmp_path):
     assert completed.stderr == ""
 
 
+def test_a_tried_input_that_torch_logs_is_not_shown(llama, tmp_path):
+    """With --max-memory, a mask of 2 x 2 for 3 tokens is tried, which torch logs with a traceback."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"w3 w4 w5 w{number}" for number in range(6, 12)))
+    command = [sys.executable, "-m", "compressor", "inspect", "--quiet", "--max-memory", "64GiB"]
+    command += [str(llama), "--data", str(tmp_path / "texts.txt"), "-o", str(tmp_path / "out")]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "run meta for" not in completed.stderr
+    assert completed.returncode == 0, completed.stderr
+
+
 def test_other_messages_of_the_same_logger_pass():
     filter_library_logs()
     messages = []

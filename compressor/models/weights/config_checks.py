@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compressor.models.base import ModelError
+from compressor.workspace.json_files import OBJECT, read_json
 
 # Counts of layers; the deepest published transformers have 1,000 layers (DeepNet, arXiv 2203.00555).
 DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth", "depths")
@@ -49,6 +50,22 @@ def check_counts(config: Any, location: str) -> None:
                         f"the config of {location} sets {name} to {value:,}; expected {expected}, so it is damaged or "
                         "not the config of a model."
                     )
+
+
+def damaged_labels(folder: Path) -> str | None:
+    """Return why transformers cannot read the classes in the config of a folder; None if they are no reason.
+
+    Other libraries write a list of names, at which transformers fails without naming the field.
+    """
+    path = folder / "config.json"
+    content = read_json(path, OBJECT, remedy="copy the model again") if path.is_file() else {}
+    value = content.get("id2label")
+    if value is None or isinstance(value, Mapping):
+        return None
+    return (
+        f"id2label of its config.json is a {type(value).__name__}; expected a mapping, such as "
+        '{"0": "cat", "1": "dog"}'
+    )
 
 
 def check_parameters(build: Callable[[], torch.nn.Module], location: str, *, random_weights: bool) -> None:

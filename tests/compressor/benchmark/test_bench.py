@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import compressor
 from compressor import CompressorError, models
-from compressor.benchmark.bench import _hidden_overflow, bench
+from compressor.benchmark.bench import _hidden_overflow, _load, bench
 from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.results import Comparison
@@ -217,6 +217,15 @@ def test_an_option_for_other_engines_is_refused(
     what = FACTORY if engine == "model" else exported[0]
     with pytest.raises(SettingsError, match=words):
         compressor.bench(what, data=exported[2], output=tmp_path / "bench.json", **options)
+
+
+def test_a_module_beside_a_folder_of_images_takes_no_size() -> None:
+    """The size is that of the folder, so a message to leave out --image-size has nothing to leave out."""
+    folders: Any = {"out": SimpleNamespace(image_size="16x16")}
+    settings = BenchSettings(what=("out", FACTORY))
+    assert _load(FACTORY, settings, folders).source == "module"
+    with pytest.raises(CompressorError, match="leave --image-size out"):
+        _load(FACTORY, BenchSettings(what=("out", FACTORY), image_size=16), folders)
 
 
 def test_wrong_labels_stop_the_comparison_with_the_original(exported: tuple[Path, Report, str], tmp_path: Path) -> None:

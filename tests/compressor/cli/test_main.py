@@ -394,3 +394,25 @@ def test_interrupt_prints_one_line_and_leaves_at_most_a_journal(
     sentences = [line for line in err.splitlines() if not line.startswith("✓")]
     assert sentences == ([INTERRUPTED] if number == signal.SIGINT else [])
     assert {path.name for path in tmp_path.iterdir()} <= left
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["inspect"], "photos"),
+        (["inspect", "--study", "--against-data", "photos"], "photos"),
+        (["sweep"], "photos/front"),
+        (["export"], "photos/out"),
+        (["bench"], "photos/bench.json"),
+    ],
+)
+def test_no_command_writes_into_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    data = [] if "--study" in command else ["--data", "photos"]
+    status, _, errors = invoke(*command, *data, "-o", output)
+    assert status == 1
+    assert errors.startswith(f"Error: {output} is or lies in the data photos, whose files")
+    assert list((tmp_path / "photos").iterdir()) == []

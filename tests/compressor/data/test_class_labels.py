@@ -186,6 +186,9 @@ def test_rows_marked_as_unlabelled_are_skipped(classifier: Path, texts: list[str
     data = read(write_csv(tmp_path / "t.csv", texts, [-1, 0, 1] * 20), model)
     assert {sample.reason for sample in data.skipped} == {"its class is -1, which marks a sample without a label"}
     assert len(data.skipped) == 20
+    (left_out,) = (each.reason for each in data.limitations if each.feature == "samples left out")
+    assert left_out.startswith("20 of 60 cannot be used: 0, ")
+    assert "marks a sample without a label" in left_out
 
 
 def test_the_task_decides_between_two_label_columns(classifier: Path, texts: list[str], tmp_path: Path) -> None:

@@ -92,6 +92,9 @@ def test_pairs_have_a_text_for_each_image(shared, preprocess):
     data = load(shared, "captions", preprocess["clip"])
     assert (data.prompts, data.label_kind) == (None, None)
     assert data.reading == "images with texts 'text' of metadata.jsonl"
+    content = data.test.samples.content
+    assert content is not None, "images are compared, and the texts with them"
+    assert len({content(index) for index in range(len(data.test.samples.ids))}) == len(data.test.samples.ids)
     for batch in data.test.batches(3):
         texts = [f"the photo of a {id.split('/')[0]} cat" for id in batch.ids]
         expected = tokenizer()(texts, padding=True, return_tensors="np")["input_ids"]

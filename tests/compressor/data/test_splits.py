@@ -295,6 +295,21 @@ def test_a_palette_with_transparent_entries_is_read_without_a_warning(tmp_path: 
     assert len(everything(load(str(tmp_path), vision(), task="image-classification"))) == 3
 
 
+def test_one_class_and_empty_class_folders_are_limitations(folder: Path) -> None:
+    """The accuracy of a model that always answers the same would be 100 %, and nobody would see that a copy failed."""
+
+    def limitations() -> dict[str, str]:
+        data = load(str(folder), vision(), task="image-classification")
+        return {each.feature: each.reason for each in data.limitations}
+
+    assert not {"class folders", "classes of the data"} & set(limitations())
+    for file in (folder / "b").iterdir():
+        file.unlink()
+    found = limitations()
+    assert found["class folders"].startswith("1 of 2 hold no images (b), so the figures say nothing of these classes")
+    assert found["classes of the data"].startswith("all 6 samples have the class 'a', so that a model which always")
+
+
 def test_corrupt_and_truncated_images_are_skipped_named_and_counted(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     content = io.BytesIO()
@@ -308,6 +323,10 @@ def test_corrupt_and_truncated_images_are_skipped_named_and_counted(folder: Path
     )
     assert [sample.id for sample in data.skipped] == ["a/short.jpg", "b/empty.png", "b/words.jpg"]
     assert "truncated" in data.skipped[0].reason
+    (left_out,) = (each for each in data.limitations if each.feature == "samples left out")
+    assert left_out.reason == (
+        f"3 of 15 cannot be used: a/short.jpg, b/empty.png, b/words.jpg (the first: {data.skipped[0].reason})"
+    )
     assert set(everything(data)) == {f"{'ab'[n % 2]}/{n:02}.png" for n in range(12)}
     assert steps[-1] == (15, 15)
 

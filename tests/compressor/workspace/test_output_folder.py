@@ -15,6 +15,7 @@ from compressor.workspace.manifest import check_folder
 from compressor.workspace.output_folder import (
     FolderError,
     check_outside,
+    check_outside_data,
     check_writable,
     output_folder,
     scratch_folder,
@@ -150,6 +151,20 @@ def test_nothing_is_written_into_an_exported_folder(tmp_path: Path) -> None:
     check_folder(tmp_path / "out")
     make(tmp_path / "out", force=True)
     make(tmp_path / "front" / "second")
+
+
+def test_nothing_is_written_into_a_folder_of_samples(tmp_path: Path) -> None:
+    """A picture of scores would be read as a sample by the next run, and the folder of a sweep as a class."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to("photos")
+    (tmp_path / "texts.txt").write_text("a")
+    for output in ("photos", "photos/front", "link/a/b", "photos/bench.json"):
+        with pytest.raises(FolderError, match=r"photos, whose files .* choose an --output outside it"):
+            check_outside_data(tmp_path / output, None, tmp_path / "photos")
+    with pytest.raises(FolderError, match="is or lies in the data"):
+        check_outside_data(tmp_path / "photos" / "x", str(tmp_path / "link"))
+    check_outside_data(tmp_path / "out", tmp_path / "photos", tmp_path / "texts.txt", "owner/name", "random")
+    check_outside_data(tmp_path / "photos-out", tmp_path / "photos")
 
 
 def test_links_that_form_a_loop_are_refused(tmp_path: Path) -> None:

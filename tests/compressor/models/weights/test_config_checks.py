@@ -53,6 +53,24 @@ def changed(folders, library, tmp_path, name, value):
     return folder
 
 
+@pytest.mark.parametrize(("names", "kind"), [(["cat", "dog"], "list"), ("cat", "str")])
+def test_classes_as_a_list_are_refused_by_their_field(folders, tmp_path, names, kind):
+    """transformers says that a list has no attribute items."""
+    folder = changed(folders, "transformers", tmp_path, "id2label", names)
+    with pytest.raises(ModelError, match=rf"id2label of its config\.json is a {kind}; expected a mapping, such as"):
+        load(folder)
+
+
+def test_a_missing_shard_is_named_with_what_to_do(tmp_path):
+    module = transformers.BertModel(transformers.BertConfig(vocab_size=32, **SMALL))
+    module.save_pretrained(tmp_path, max_shard_size="4KB")
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(
+        ModelError, match=r"model-00002-of-\d+\.safetensors, which another .* copy the whole model again"
+    ):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_a_model_whose_config_belongs_to_its_weights_loads(folders, library):
     assert load(folders / library).name == library
