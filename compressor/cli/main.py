@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from compressor import __version__
 from compressor.choices import SHORT_FORMS
@@ -56,7 +57,11 @@ class Export(click.Command):
     """A command whose ``--int8`` takes an optional value, even directly before MODEL."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Replace a bare ``--int8`` by ``--int8=static``, so that it does not consume the next argument."""
+        """Replace a bare ``--int8`` by ``--int8=static``, so that it does not consume the next argument.
+
+        Raises:
+            SettingsError: ``--precision fp32`` is given with an option that sets another precision.
+        """
         following = [*args, ""][1:]
         bare = [arg == "--int8" and value not in SHORT_FORMS for arg, value in zip(args, following, strict=True)]
         options_end = args.index("--") if "--" in args else len(args)
@@ -64,7 +69,14 @@ class Export(click.Command):
             "--int8=static" if is_bare and index < options_end else arg
             for index, (arg, is_bare) in enumerate(zip(args, bare, strict=True))
         ]
-        return super().parse_args(ctx, completed)
+        rest = super().parse_args(ctx, completed)
+        given = ctx.get_parameter_source("precision") is ParameterSource.COMMANDLINE
+        others = [name for name in ("int8", "factorial") if ctx.params.get(name)]
+        if given and ctx.params["precision"] == "fp32" and others:
+            raise SettingsError(
+                f"found --{others[0]} and --precision fp32, which contradict each other; give one of them."
+            )
+        return rest
 
 
 @contextlib.contextmanager

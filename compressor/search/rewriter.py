@@ -118,12 +118,12 @@ class Rewriter:
         apply(RemoveBlocks((block,)), graph)
         read = weights_read(graph)
         if not any(weight.startswith(f"{other}.") for weight in read for other in self.units):
-            raise PassError("no block would be left.")
+            raise PassError(f"no block would be left of the {len(self.units)} that can be dropped; drop fewer.")
 
     def _check_first_block(self, graph: Graph) -> None:
         left = [site for site in self.sites if _replaceable(graph, site)]
         if not left:
-            raise PassError("no block would be left.")
+            raise PassError("no block that can be dropped would be left; drop fewer.")
         if left[0].kind != "attention":
             raise PassError("the first block that is left would have no attention.")
 
