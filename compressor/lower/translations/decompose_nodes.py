@@ -33,7 +33,7 @@ def decompose_nodes(program: ExportedProgram, kept: Callable[[Any], bool], table
     """
     nodes = program.graph
     for node in list(nodes.nodes):
-        if node.op != "call_function" or kept(node.target):
+        if node.op != "call_function" or (kept(node.target) and not _is_split_by_a_size(node)):
             continue
         if not isinstance(node.target, OpOverload):
             return False
@@ -58,6 +58,8 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
     inputs, nodes = node.all_input_nodes, node.graph
     if node.target is aten.reshape.default:
         return _copied_and_viewed(node)
+    if _is_split_by_a_size(node):
+        return _sliced(node)
 
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
@@ -96,6 +98,33 @@ def _copied_and_viewed(node: fx.Node) -> fx.Node:
         with _mode(node), enable_python_dispatcher():
             call.meta = {**node.meta, "val": call.target(*args, **call.kwargs)}  # type: ignore[operator]
     return view
+
+
+def _is_split_by_a_size(node: fx.Node) -> bool:
+    """Return whether a value is split into parts of a symbolic size, which onnxscript 0.7 fails to optimize."""
+    return node.target is aten.split.Tensor and isinstance(node.args[1], fx.Node)
+
+
+def _sliced(node: fx.Node) -> list[fx.Node]:
+    """Insert a slice for each part of a split."""
+    values, size, axis = (*node.args, 0)[:3]
+    assert isinstance(size, fx.Node)
+    parts = []
+    for number, value in enumerate(value_of(node)):
+        with node.graph.inserting_before(node):
+            start, end = (_times(size, each) for each in (number, number + 1))
+            parts.append(node.graph.call_function(aten.slice.Tensor, (values, axis, start, end)))
+        parts[-1].meta = {**node.meta, "val": value}
+    return parts
+
+
+def _times(size: fx.Node, number: int) -> fx.Node | int:
+    """Return a multiple of a symbolic size."""
+    if number < 2:
+        return size if number else 0
+    product = size.graph.call_function(operator.mul, (size, number))
+    product.meta["val"] = value_of(size) * number
+    return product
 
 
 def _subtracted(values: torch.Tensor, number: float, alpha: float = 1) -> torch.Tensor:

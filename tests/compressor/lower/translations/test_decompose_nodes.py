@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.export import ExportedProgram
 
+from compressor.lower.exported_program import exported_program
+from compressor.lower.trace import trace
 from compressor.lower.translations.decompose_nodes import decompose_nodes
+from compressor.lower.write_onnx import lower
+from compressor.models import load
 
 aten = torch.ops.aten
 
@@ -44,6 +49,28 @@ def test_operators_are_decomposed_in_place_and_the_program_computes_the_same(mon
         y = torch.randn(rows, 4, 2)
         torch.testing.assert_close(program.module()(y), Parts()(y), rtol=0, atol=0)
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
+
+
+class Stages(torch.nn.Module):
+    """Splits what it joined along the batch by the number of rows, as ZoeDepth does."""
+
+    def forward(self, x):
+        first, second, third = torch.cat([x, x * 2, x + 3]).split(x.shape[0])
+        return first * second + third
+
+
+def test_a_split_by_the_number_of_rows_is_sliced(tmp_path):
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    model = load(Stages(), example_inputs=torch.randn(2, 4))
+    program = exported_program(trace(model))
+    assert aten.split.Tensor in targets(program)
+    assert decompose_nodes(program, lambda _: True, {})
+    assert aten.split.Tensor not in targets(program)
+    session = ort.InferenceSession(lower(trace(model), model, tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for rows in (1, 3, 5):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(program.module()(x)[0], Stages()(x), rtol=0, atol=0)
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Stages()(x).numpy(), rtol=1e-6)
 
 
 class Loop(torch.nn.Module):
