@@ -5,12 +5,8 @@ Heavy imports are inside the commands, so that `--help` is fast.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +17,11 @@ from compressor import __version__
 from compressor.choices import SHORT_FORMS
 from compressor.cli.bench import bench
 from compressor.cli.build import build
+from compressor.cli.interrupts import exit_on_signals
 from compressor.cli.options import argument_help, field_options, quiet_option
 from compressor.cli.param_types import command_line, console, filter_library_logs
 from compressor.commands import EXPORT, INSPECT, SUBJECT, SWEEP, InspectSettings, SweepSettings
-from compressor.errors import CompressorError, SettingsError, Terminated
+from compressor.errors import CompressorError, SettingsError
 from compressor.settings import Settings
 
 MODEL_HELP = argument_help(Settings, "model")
@@ -39,7 +36,7 @@ class Failing(click.Group):
         if isinstance(sys.stdout, io.TextIOWrapper):  # names may be no text in its encoding
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            with _exit_on_sigterm():
+            with exit_on_signals():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
@@ -77,23 +74,6 @@ class Export(click.Command):
                 f"found --{others[0]} and --precision fp32, which contradict each other; give one of them."
             )
         return rest
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM (a container being stopped) into `Terminated`, status 143, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated(128 + signal.SIGTERM)
 
 
 def _message(error: Exception) -> str:
