@@ -54,6 +54,7 @@ HEADS = (
     "",
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
+TIED = ("dfine", "deim", "ppdoclayout")  # classes whose small random convolutions give all candidates one score
 GENERATION = "text-generation"  # of texts alone, by the class itself
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
@@ -114,7 +115,7 @@ def _distinguish(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.BatchNorm2d) and part.weight.abs().max() < VANISHING:
             torch.nn.init.ones_(part.weight)
-        if isinstance(part, torch.nn.Conv2d) and type(module).__name__.startswith("DFine"):
+        if isinstance(part, torch.nn.Conv2d) and type(module).__name__.lower().startswith(TIED):
             torch.nn.init.kaiming_normal_(part.weight)  # its small ones leave features of 1e-12, and equal scores
 
 
