@@ -123,7 +123,7 @@ class Rewriter:
     def _check_first_block(self, graph: Graph) -> None:
         left = [site for site in self.sites if _replaceable(graph, site)]
         if not left:
-            raise PassError("no block that can be dropped would be left; drop fewer.")
+            raise PassError("no block would be left that can be dropped; drop fewer.")
         if left[0].kind != "attention":
             raise PassError("the first block that is left would have no attention.")
 
