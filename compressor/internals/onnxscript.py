@@ -15,13 +15,21 @@ from typing import Any
 from unittest import mock
 
 from onnxscript import rewriter
-from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as grouped_attention
 from onnxscript.rewriter import _matcher
 from onnxscript.rewriter._basics import MatchResult
 from onnxscript.rewriter._matcher import PatternMatcher
 
-# grouped_attention: the translation of attention whose keys have fewer heads than its queries.
 __all__ = ["exact_constants", "grouped_attention", "rules_by_operator"]
+
+
+def grouped_attention(*arguments: Any) -> Any:
+    """Add attention by onnxscript's own translation, which repeats keys that have fewer heads than the queries.
+
+    Imports `function_libs.torch_lib`, which the exporter of torch imports too, but which takes a second.
+    """
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+    return aten_scaled_dot_product_attention(*arguments)
 
 
 class _ByOperator(PatternMatcher):

@@ -66,7 +66,7 @@ def causal_padding(tokenizer: Any, config: Any) -> Padding:
 
 
 def find_padding(
-    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None = None
+    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None
 ) -> tuple[Padding, list[Limitation]]:
     """Return the first padding that leaves the outputs of a row unchanged, and what has to be said about it.
 
