@@ -114,6 +114,25 @@ def test_a_fixed_batch_is_an_error_in_one_sentence():
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
+class Filled(nn.Module):
+    """Fills a value slice by slice, as multi-head latent attention fills its keys."""
+
+    def forward(self, x):
+        keys = x.new_empty(x.shape[0], 6)
+        keys[:, :4] = x
+        keys[:, 4:] = x[:, :2] * 2
+        return keys
+
+
+def test_slices_that_fill_a_value_are_one_concatenation():
+    model, x = load(Filled(), 2, 4), torch.rand(3, 4)
+    graph = trace(model)
+    targets = [node.target for node in graph.nodes()]
+    assert torch.ops.aten.cat.default in targets
+    assert torch.ops.aten.slice_scatter.default not in targets
+    assert torch.equal(run(graph, {"x": x})[0], Filled()(x))
+
+
 def test_another_head_is_a_way_round_for_a_model_of_transformers_only():
     model = dataclasses.replace(load(Branches(), 2, 4), source="transformers")
     with pytest.raises(TraceError, match=r"at any batch size; --task may choose another head\.$"):
