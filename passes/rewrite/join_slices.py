@@ -34,7 +34,8 @@ class JoinSlices:
 
         %k2 = cat([%left, expand(%right, [-1, h, -1, -1])], 3)
 
-    Slices that leave a part of the value unchanged, have a step, or have a size that is not a number stay as they are.
+    Slices that leave a part of the value unchanged, have a step, have a size that is not a number, or are written
+    through slices of other axes (``k[:, :4]`` in place of ``k[..., :4]``) stay as they are.
     """
 
     rewrites: ClassVar[bool] = True

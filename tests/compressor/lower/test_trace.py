@@ -119,8 +119,8 @@ class Filled(nn.Module):
 
     def forward(self, x):
         keys = x.new_empty(x.shape[0], 6)
-        keys[:, :4] = x
-        keys[:, 4:] = x[:, :2] * 2
+        keys[..., :4] = x
+        keys[..., 4:] = x[:, :2] * 2
         return keys
 
 
@@ -130,7 +130,7 @@ def test_slices_that_fill_a_value_are_one_concatenation():
     targets = [node.target for node in graph.nodes()]
     assert torch.ops.aten.cat.default in targets
     assert torch.ops.aten.slice_scatter.default not in targets
-    assert torch.equal(run(graph, {"x": x})[0], Filled()(x))
+    assert torch.equal(run(graph, {graph.inputs[0]: x})[0], Filled()(x))
 
 
 def test_another_head_is_a_way_round_for_a_model_of_transformers_only():
