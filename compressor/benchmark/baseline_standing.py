@@ -10,7 +10,7 @@ from compressor.quality.evaluate import Evaluation
 
 
 def check_baseline(evaluation: Evaluation, reference: str, originals: Sequence[str], source: str) -> Iterator[str]:
-    """Yield a sentence if the baseline is not clearly better than chance.
+    """Yield a sentence if the baseline gives one answer for all samples, or is not clearly better than chance.
 
     An exported engine may be at chance because it was compressed too far, which is a result. If a model that was not
     exported is measured too and no engine is better than chance, the labels are wrong, and nothing was measured.
@@ -25,6 +25,12 @@ def check_baseline(evaluation: Evaluation, reference: str, originals: Sequence[s
         ChanceError: originals are measured, and no engine is better than chance.
     """
     metric, columns = evaluation.metric, evaluation.columns
+    if evaluation.variation is not None and evaluation.variation.constant:
+        yield (
+            f"{reference} gives the same answer for all {evaluation.variation.rows} inputs of {source}, so losses "
+            "against it mean nothing; give another baseline with --against, or check its weights."
+        )
+        return
     if metric not in chance.METRICS:
         return
 

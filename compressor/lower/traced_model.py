@@ -274,10 +274,12 @@ def _check_two_towers(model: Model, settings: Settings) -> None:
 def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
     """Return the model and data with a limitation if the original is not certain to be better than chance on it.
 
-    Nothing is checked for random data or weights, and for metrics that compare with the original.
+    Nothing is checked for random data or weights. Metrics that compare with the original have no chance, and only its
+    answers for different samples are compared.
 
     Raises:
-        CompressorError: the original is no better than chance on validation data, or fails on it.
+        CompressorError: the original gives one answer for all validation data, is no better than chance on it, or fails
+            on it.
     """
     if subject.no_quality_because is not None:
         return subject

@@ -137,7 +137,7 @@ def _checked(subject: TracedModel, quality: Evaluation | None) -> TracedModel:
     Its perplexity was measured already, so it need not run through the whole model once more.
 
     Raises:
-        CompressorError: the original is no better than chance.
+        CompressorError: the original gives one answer for all samples, or is no better than chance.
     """
     if quality is None:
         return subject
@@ -145,6 +145,8 @@ def _checked(subject: TracedModel, quality: Evaluation | None) -> TracedModel:
     config: Any = model.module.config
     vocabulary = config.get_text_config().vocab_size
     columns = quality.columns["baseline"]
+    if quality.variation is not None:
+        chance.check_varies(quality.variation, model.name, data.source)
     found = chance.check_measured(quality.metric, columns, vocabulary, model.name, data.source)
     return dataclasses.replace(subject, data=dataclasses.replace(data, limitations=(*data.limitations, *found)))
 

@@ -1,6 +1,7 @@
-"""Check that the original model is better than chance on its data, before time is spent on losses that mean nothing.
+"""Check that the original tells samples apart and is better than chance, before losses are measured that mean nothing.
 
-The usual cause is labels that are not the model's classes: another order, another column, reversed scores.
+The usual causes are a last layer without its weights, and labels that are not the model's classes: another order,
+another column, reversed scores.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from scipy.optimize import linear_sum_assignment
 
 from compressor.data.class_labels import format_pairs
 from compressor.data.readers.base import CLASS_ORDER
-from compressor.data.splits import Split
+from compressor.data.splits import Batch, Split
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.models import Model
 from compressor.quality import evaluate
+from compressor.quality.answer_variation import AnswerVariation
 from compressor.quality.evaluate import BATCH, graph_runner, join, metric_value, sample_columns
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns, Figure, by_text
@@ -33,6 +35,7 @@ SHARES = ("f1", "exact_match", "mean_iou", "token_accuracy")  # scores of 0 for 
 METRICS = ("accuracy", "perplexity", "masked_perplexity", "mae", *RANKED, *SHARES)
 MARGIN = 0.1  # share of the way from chance to a perfect model that counts as no better than chance
 FEWEST = 8  # texts, or sentence pairs; fewer give no interval
+FEW = 4  # samples in a batch without labels; the answers of a trained model differ in the first
 TEXTS = 4  # texts of a language model in a batch; a trained one is better than chance after the first few
 GAIN = 0.2  # accuracy that another numbering must add to be reported
 SAMPLES_PER_CLASS = 10  # fewest samples by which another numbering is reported
@@ -149,11 +152,27 @@ class _Run:
     """The columns of the batches so far, and of a classifier also its predictions and labels."""
 
     metric: str
+    variation: AnswerVariation
     parts: list[Columns] = field(default_factory=list)
     owners: list[str] = field(default_factory=list)
     predicted: list[Array] = field(default_factory=list)
     labels: list[Array] = field(default_factory=list)
     outputs: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether no further batch is needed."""
+        return self.variation.settled and (self.metric not in METRICS or self.standing().better)
+
+    def add(self, answer: Array, batch: Batch, columns: Columns) -> None:
+        """Take in a batch of samples with labels, or of texts."""
+        self.outputs = answer.shape[-1]
+        self.parts.append(columns)
+        self.owners += batch.ids
+        if self.metric == "accuracy":
+            assert batch.labels is not None
+            self.predicted.append(answer.argmax(-1))
+            self.labels.append(batch.labels)
 
     def standing(self) -> Standing:
         columns = join(self.parts)
@@ -176,42 +195,70 @@ class _Run:
 
 @torch.inference_mode()
 def check_original(graph: Graph, model: Model, split: Split, metric: str, source: str) -> tuple[Limitation, ...]:
-    """Run the original on a split until it is better than chance, and return the limitations if it is not clearly so.
+    """Run the original on a split until its answers differ and it is better than chance; return the limitations.
 
-    A model that is clearly better needs one batch. All samples are used if class names were numbered without the
-    model's names, to find out whether another numbering fits better.
+    A model whose answers differ, and that is clearly better than chance, needs one batch. All samples are used if class
+    names were numbered without the model's names, to find out whether another numbering fits better.
 
     Args:
         graph: graph of the original.
         model: its description.
-        split: samples with labels, or texts of a language model.
-        metric: a metric; only those in `METRICS` are checked.
+        split: samples, with labels or without, or texts of a language model.
+        metric: a metric; only those in `METRICS` are compared with chance.
         source: name of the data in messages.
 
     Raises:
-        ChanceError: the model is no better than chance.
+        ChanceError: the model gives the same answer for all samples, or is no better than chance.
     """
-    if metric not in METRICS:
-        return ()
     head = head_for(model.task, model.problem_type)
-    run, answer_of = _Run(metric), graph_runner(model, Program(graph).run)
+    run, answer_of = _Run(metric, AnswerVariation(head)), graph_runner(model, Program(graph).run)
     numbering = split.samples.numbering
     doubtful = metric == "accuracy" and numbering is not None and numbering.by == "order"
-    for batch in split.whole(TEXTS) if metric == "perplexity" else split.bounded_batches(BATCH):
+    for batch in split.whole(TEXTS) if metric == "perplexity" else split.bounded_batches(_batch_size(metric)):
         answer = answer_of(batch.feeds)
-        run.outputs = answer.shape[-1]
-        run.parts.append(sample_columns(head, metric, batch, answer, None, model.name, diverging=False))
-        run.owners += batch.ids
-        if metric == "accuracy":
-            assert batch.labels is not None
-            run.predicted.append(answer.argmax(-1))
-            run.labels.append(batch.labels)
-        if not doubtful and run.standing().better:
+        run.variation.add(answer)
+        if metric in METRICS:
+            run.add(answer, batch, sample_columns(head, metric, batch, answer, None, model.name, diverging=False))
+        if not doubtful and run.settled:
             return ()
+    check_varies(run.variation, model.name, source)
+    only = tuple(_only_class(run.variation, model))
+    if metric not in METRICS:
+        return only
     found = run.standing()
     if found.no_better:
         raise ChanceError(_stop(found, run, model, split, source))
-    return tuple(_limitations(found, run, split, model))
+    return (*only, *_limitations(found, run, split, model))
+
+
+def check_varies(variation: AnswerVariation, name: str, source: str) -> None:
+    """Refuse a model whose answers are the same for all samples.
+
+    Raises:
+        ChanceError: they are.
+    """
+    if variation.constant:
+        raise ChanceError(
+            f"{name} gives the same answer for all {variation.rows} inputs of {source} that were compared, so no loss "
+            "against it can be measured; check its weights, such as a last layer of zeros, and that the samples "
+            "differ, or give --data random to measure speed alone."
+        )
+
+
+def _batch_size(metric: str) -> int:
+    return BATCH if metric in METRICS else FEW
+
+
+def _only_class(variation: AnswerVariation, model: Model) -> Iterator[Limitation]:
+    """Yield a limitation if the original predicts one class for all samples."""
+    number = variation.only_class
+    if number is not None:
+        name = None if model.class_names is None else model.class_names.first(number)
+        yield Limitation(
+            "classes of the original",
+            f"it predicts class {number}{'' if name is None else f' ({name})'} for all {variation.rows} inputs that "
+            "were compared, so agreement on them says nothing about its other classes; give samples of several classes",
+        )
 
 
 def check_measured(metric: str, columns: Columns, outputs: int, name: str, source: str) -> tuple[Limitation, ...]:

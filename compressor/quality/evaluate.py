@@ -16,6 +16,7 @@ from compressor.data.splits import Batch, Split
 from compressor.errors import CompressorError
 from compressor.models import Model
 from compressor.models.base import EvaluatedOutput
+from compressor.quality.answer_variation import AnswerVariation
 from compressor.quality.disagreements import Disagreement, largest_regret
 from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns, Figure, bootstrap, by_text
@@ -87,7 +88,8 @@ class Evaluation:
 
     For classifiers, `changed` maps each model to its disagreements with the reference, those of the largest regret.
     `head` computed the columns; without one, nothing but the metric is known. `outputs` is the number of classes, or of
-    tokens in the vocabulary.
+    tokens in the vocabulary. `variation` tells whether the answers of the reference depend on the samples; None if that
+    is not known.
     """
 
     metric: str
@@ -95,6 +97,7 @@ class Evaluation:
     changed: Mapping[str, Sequence[Disagreement]] = field(default_factory=dict)
     head: Head = field(default_factory=Head)
     outputs: int = 1
+    variation: AnswerVariation | None = None
 
     def value(self, name: str) -> float:
         """Return the metric of one model."""
@@ -185,9 +188,10 @@ def evaluate(
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
     changed: dict[str, list[Disagreement]] = {name: [] for name in runners}
     owners: list[str] = []
-    done = 0
+    done, variation = 0, AnswerVariation(head)
     for batch in split.whole(batch_size) if head.by_window else split.bounded_batches(batch_size):
         original = runners[reference](batch.feeds)
+        variation.add(original)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
             columns = sample_columns(head, metric, batch, answer, original, name)
@@ -202,7 +206,7 @@ def evaluate(
     joined = {name: join(columns) for name, columns in parts.items()}
     if head.by_window:
         joined = {name: by_text(columns, owners) for name, columns in joined.items()}
-    return Evaluation(metric, joined, changed, head, original.shape[-1])
+    return Evaluation(metric, joined, changed, head, original.shape[-1], variation)
 
 
 def join(parts: list[Columns]) -> Columns:

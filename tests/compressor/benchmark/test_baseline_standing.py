@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from compressor.benchmark.baseline_standing import check_baseline
+from compressor.quality.answer_variation import AnswerVariation
 from compressor.quality.chance import ChanceError
 from compressor.quality.evaluate import Evaluation
+from compressor.quality.heads.registry import head_for
 
 WRONG, RIGHT, UNCLEAR = 10, 90, 14  # correct answers of 100 among ten classes
 
@@ -44,3 +46,39 @@ def test_an_uncertain_baseline_is_said() -> None:
 def test_metrics_that_compare_with_the_baseline_have_no_chance() -> None:
     columns = {"out": {"agreement": np.zeros(100)}}
     assert list(check_baseline(Evaluation("agreement", columns, outputs=10), "out", (), "x")) == []
+
+
+def test_a_baseline_that_gives_one_answer_is_said() -> None:
+    """Agreement with a constant is 100 % for every constant; two rows of masked logits differ where they are finite."""
+    variation = AnswerVariation(head_for("image-classification"))
+    for _ in range(2):
+        variation.add(np.zeros((3, 10), dtype=np.float32))
+    evaluation = Evaluation("agreement", {"out": {"agreement": np.ones(6)}}, outputs=10, variation=variation)
+    (sentence,) = check_baseline(evaluation, "out", (), "x.npz")
+    assert sentence.startswith("out gives the same answer for all 6 inputs of x.npz, so losses against it mean nothing")
+    variation.add(np.eye(2, 10, dtype=np.float32))
+    assert list(check_baseline(evaluation, "out", (), "x.npz")) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "varies"),
+    [
+        ([[-np.inf, 1.0], [-np.inf, 1.0 + 1e-6]], False),
+        ([[-np.inf, 1.0], [-np.inf, 1.001]], True),
+        ([[-np.inf, 1.0], [1.0, -np.inf]], True),
+        ([[0.0, 0.0], [0.0, 0.0]], False),
+        ([[1e-12, 0.0], [0.0, 1e-12]], True),
+    ],
+)
+def test_rows_differ_by_more_than_rounding(rows: list[list[float]], varies: bool) -> None:
+    variation = AnswerVariation(head_for("image-classification"))
+    variation.add(np.array(rows))
+    assert variation.varies is varies
+    assert variation.constant is not varies
+
+
+def test_one_row_is_no_constant() -> None:
+    variation = AnswerVariation(head_for("image-classification"))
+    variation.add(np.ones((1, 10)))
+    assert not variation.constant
+    assert variation.only_class is None

@@ -10,10 +10,13 @@ import pytest
 import torch
 from scipy import stats
 
+from compressor import models
 from compressor.data.readers.base import Numbering
 from compressor.data.splits import Split
+from compressor.lower.trace import trace
 from compressor.lower.traced_model import TracedModel, check_original
 from compressor.quality import chance
+from compressor.quality.answer_variation import AnswerVariation
 from compressor.quality.chance import ChanceError, standing
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
@@ -150,3 +153,58 @@ def test_nothing_is_checked_without_quality() -> None:
     random = dataclasses.replace(relabelled(shifted), model=dataclasses.replace(digits()[0], random_weights=True))
     assert check_original(random, Steps()) is random
     assert chance.check_original(subject.graph, subject.model, subject.data.validation, "agreement", "x") == ()
+
+
+def headless(keep: float = 0.0, bias: int | None = None, *, labels: bool = True) -> TracedModel:
+    """Return the trained sample with its last layer scaled, and with one class that is added to all logits."""
+    subject = relabelled(list(range(10)))
+    model = models.load(None)
+    with torch.no_grad():
+        model.module.head.weight.mul_(keep)
+        model.module.head.bias.mul_(keep)
+        if bias is not None:
+            model.module.head.bias[bias] = 100.0
+    if not labels:
+        samples = dataclasses.replace(subject.data.validation.samples, labels=None, label_kind=None)
+        parts = ("calibration", "validation", "test")
+        splits = {name: dataclasses.replace(getattr(subject.data, name), samples=samples) for name in parts}
+        subject = dataclasses.replace(subject, data=dataclasses.replace(subject.data, label_kind=None, **splits))
+    return dataclasses.replace(subject, model=model, graph=trace(model))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_same_answer_for_all_samples_stops(labels: bool) -> None:
+    subject = headless(labels=labels)
+    assert subject.metric == ("accuracy" if labels else "agreement")
+    with pytest.raises(ChanceError, match=r"^sample gives the same answer for all 200 inputs of .* a last layer of ze"):
+        check_original(subject, Steps())
+
+
+def test_a_small_last_layer_is_no_constant() -> None:
+    """Answers that differ in the fourth digit are not equal: only their scale is unusual."""
+    subject = headless(keep=1e-3, labels=False)
+    assert check_original(subject, Steps()).data.limitations == subject.data.limitations
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_one_class_for_all_samples_is_a_limitation(labels: bool) -> None:
+    subject = headless(keep=1.0, bias=7, labels=labels)
+    if labels:  # with ten labels the model would be at chance
+        samples = dataclasses.replace(subject.data.validation.samples, labels=np.full(2000, 7))
+        split = dataclasses.replace(subject.data.validation, samples=samples)
+        subject = dataclasses.replace(subject, data=dataclasses.replace(subject.data, validation=split))
+    (limitation,) = check_original(subject, Steps()).data.limitations[len(subject.data.limitations) :]
+    assert str(limitation).startswith("classes of the original: it predicts class 7 (7) for all 200 inputs that were ")
+
+
+def test_without_labels_the_original_runs_over_four_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    add = AnswerVariation.add
+
+    def counted(variation: AnswerVariation, answer: np.ndarray) -> None:
+        rows.append(len(answer))
+        add(variation, answer)
+
+    monkeypatch.setattr(AnswerVariation, "add", counted)
+    check_original(headless(keep=1.0, labels=False), Steps())
+    assert rows == [4]
