@@ -24,7 +24,7 @@ from compressor.models.pretrained import encoder_decoder as pretrained_encoder_d
 from compressor.models.pretrained import image, patches, sound, text, two_towers, video
 from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
-from compressor.models.pretrained.processors import optional_file
+from compressor.models.pretrained.processors import optional_file, tokens_without_embedding
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.video.inputs import takes_videos
@@ -81,6 +81,7 @@ AUTO = {
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
     vision_language.TASK: "AutoModelForImageTextToText",
 }
+TOKENS = {"input_ids", "decoder_input_ids"}  # inputs that are looked up in the embeddings of tokens
 
 
 def load(
@@ -322,7 +323,19 @@ def _is_bare(architecture: str) -> bool:
 
 
 def wrap(loaded: Loaded) -> Model:
-    """Return the model of a loaded module, by what it takes."""
+    """Return the model of a loaded module, by what it takes.
+
+    Raises:
+        ModelError: the module does not give the outputs of its task.
+    """
+    model = _wrapped(loaded)
+    if not TOKENS & set(model.inputs):
+        return model
+    beyond = tokens_without_embedding(loaded.module, model.tokenizer)
+    return replace(model, limitations=(*model.limitations, *beyond))
+
+
+def _wrapped(loaded: Loaded) -> Model:
     if loaded.task in encoder_decoder.TASKS:
         return pretrained_encoder_decoder.wrap(loaded)
     if loaded.task == ZERO_SHOT:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from compressor.internals.transformers import cached
+from compressor.limitations import Limitation
 from compressor.models.base import ModelError, load_error_reason
 from compressor.workspace.json_files import OBJECT, read_json
 
@@ -22,6 +25,7 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 TEXT_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+NAMED = 3  # tokens in a sentence
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -74,6 +78,32 @@ def tokenizer_of(location: str, options: dict[str, Any]) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokens_without_embedding(module: Any, tokenizer: Any) -> Iterator[Limitation]:
+    """Yield a limitation if the tokenizer has token ids for which the model has no embedding."""
+    rows = None if tokenizer is None else _embeddings(module)
+    if rows is None:
+        return
+    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= rows)
+    if beyond:
+        tokens = ", ".join(token for _, token in beyond[:NAMED]) + (", ..." if len(beyond) > NAMED else "")
+        yield Limitation(
+            "tokens of the tokenizer",
+            f"it has ids up to {beyond[-1][0]}, but the model has embeddings up to {rows - 1}, so it fails on texts "
+            f"with {len(beyond)} of its tokens ({tokens}); use the tokenizer that belongs to the model",
+        )
+
+
+def _embeddings(module: Any) -> int | None:
+    """Return the number of token embeddings of a model, or None if it does not say."""
+    try:
+        table = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        table = None
+    if isinstance(table, torch.nn.Embedding):
+        return table.num_embeddings
+    return getattr(module.config.get_text_config(decoder=True), "vocab_size", None)
 
 
 def processor_of(location: str, options: dict[str, Any]) -> Any:
