@@ -474,8 +474,8 @@ class _Candidates:
         )
 
     def remove(self, candidate: Candidate) -> None:
-        """Remove a candidate for the rest of the search."""
-        self.candidates.remove(candidate)
+        """Remove a candidate for the rest of the search; drops are measured also where they are no candidates."""
+        self.candidates = [each for each in self.candidates if each != candidate]
 
     def changed(self, unit: str, action: str) -> None:
         """Update the candidates after a change: its unit keeps only larger merges, and all measurements are stale."""
@@ -501,13 +501,23 @@ class _Candidates:
     def _update_savings(self) -> None:
         """Compute the savings of all drops again, and shift those of the fitted maps, as fewer tokens are read."""
         for name in dict.fromkeys(name for name, _ in self.candidates):
-            if any(step.unit == name for step in self.search.steps):
+            if any(step.unit == name for step in self.search.steps) or (name, "drop") not in self.saved:
                 continue
-            cost = self.search.prices.cost(self.search.candidate(name, "drop"))
-            more = self.search.cost - cost - self.saved[name, "drop"]
+            try:
+                dropped = self.search.candidate(name, "drop")
+            except PassError as error:  # possible before the last change, such as that of the last block but one
+                self._refuse((name, "drop"), str(error))
+                del self.saved[name, "drop"]
+                continue
+            more = self.search.cost - self.search.prices.cost(dropped) - self.saved[name, "drop"]
             for candidate in self.saved:
                 if candidate[0] == name:
                     self.saved[candidate] += more
+
+    def _refuse(self, candidate: Candidate, reason: str) -> None:
+        """Remove a candidate that cannot be applied, and record why."""
+        self.search.refused[candidate] = f"{candidate[1]} refused: {reason}"
+        self.remove(candidate)
 
     def untried(self, unit: str) -> str:
         """Return why a unit is kept whose candidates were never validated."""
@@ -531,6 +541,8 @@ class _Candidates:
         first = [*((name, "drop") for name in units), *merged]
         for start in range(0, len(first), RECORDED_AT_ONCE):
             measure(first[start : start + RECORDED_AT_ONCE])
+        refused = [each for each in self.candidates if each not in self.added and (each[0], "drop") not in self.added]
+        measure(refused)  # without its drop, nothing is known of a unit to estimate them by
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:

@@ -340,6 +340,18 @@ def test_a_refused_candidate_has_a_reason_and_is_not_tried_again(stage):
 
 
 @pytest.mark.usefixtures("without_liveness")
+@pytest.mark.parametrize("actions", [("drop", "linear", "scale"), ("linear", "scale")])
+def test_maps_are_tried_where_the_drop_is_refused(actions):
+    """Nothing is known of such a unit to estimate its maps by, so they are measured."""
+    world = World(actions=actions, refused={("s1", "drop"): "always"})
+    search = world.begin()
+    search.run()
+    assert search.refused["s1", "drop"] == "drop refused: s1 cannot be measured."
+    assert {("s1", "linear"), ("s1", "scale")} <= set(world.measured)
+    assert search.changes["s1"] in ("linear", "scale")
+
+
+@pytest.mark.usefixtures("without_liveness")
 def test_the_plan_has_the_reasons_if_every_candidate_is_refused():
     world = World(count=3, actions=("linear",), refused={(f"s{number}", "linear"): "always" for number in range(3)})
     search = world.begin()
@@ -752,6 +764,17 @@ def test_savings_are_updated_when_fewer_tokens_are_read(monkeypatch):
         fork = search.rewriter.changed(search.graph, name, action)
         assert after[name, action] == search.cost - search.prices.cost(fork)
     assert after[middle, "drop"] > before[middle, "drop"]
+
+
+def test_the_last_block_is_refused_when_the_others_are_gone():
+    """Fewer tokens are needed after the first removal, so savings are computed again, of a block that must stay too."""
+    model, graph, sites, split = small(spread(), depth=2)
+    search = begun(model, graph, sites, split, DROPS, limit=math.inf)
+    search.rewriter = Rewriter(graph, sites, split, whole=True)
+    search.run()
+    (step,) = search.steps
+    (kept,) = set(search.rewriter.units) - {step.unit}
+    assert search.refused[kept, "drop"].startswith("drop refused: no block would be left of the 2 that can be dropped")
 
 
 def reason(plan, name):
