@@ -49,8 +49,14 @@ class Traced(torch.nn.Module):
         self._call = model.call
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Call the model with its inputs in the order of `model.inputs`."""
-        return self._call(self.model, *tensors)
+        """Call the model with its inputs in the order of `model.inputs`.
+
+        The copies of the outputs are removed again (`Clean`). Without them, torch.export 2.15 cannot inline a region
+        under torch.enable_grad that computes an output.
+        """
+        outputs = self._call(self.model, *tensors)
+        with torch.no_grad():
+            return tuple(output.clone() for output in outputs)
 
 
 def trace(model: Model) -> Graph:

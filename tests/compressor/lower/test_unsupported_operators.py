@@ -78,8 +78,8 @@ def wrapped(call: Call) -> models.Model:
 
 @pytest.mark.parametrize(
     "context",
-    [lambda: torch.autocast("cpu", enabled=False), torch.no_grad],
-    ids=["autocast", "no_grad"],
+    [lambda: torch.autocast("cpu", enabled=False), torch.no_grad, torch.enable_grad],
+    ids=["autocast", "no_grad", "enable_grad"],
 )
 def test_region_is_traced_like_plain_code(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
     graph, expected = trace(wrapped(within(context))), trace(wrapped(plain))
@@ -88,6 +88,16 @@ def test_region_is_traced_like_plain_code(context: Callable[[], contextlib.Abstr
     x = torch.rand(3, 5, WIDTH)
     found, wanted = (run(each, {each.inputs[0]: x})[0] for each in (graph, expected))
     torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_that_stay_switched_on_are_traced() -> None:
+    def switching(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(True)
+        return block(x)
+
+    with torch.no_grad():  # which restores the mode
+        graph, expected = trace(wrapped(switching)), trace(wrapped(plain))
+    assert [site.name for site in find_sites(graph)] == [site.name for site in find_sites(expected)]
 
 
 @pytest.mark.parametrize(
