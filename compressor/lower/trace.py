@@ -155,6 +155,11 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 def _explain(model: Model, error: Exception) -> str:
     """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
     reason = _reason(model, str(error)) or type(error).__name__
+    if "_apply()" in reason:  # torch.nn.Module._apply, of .half(), .to() and others
+        return (
+            f"{model.name} converts the weights of its own modules in forward ({reason}), such as by .half() or .to(); "
+            "do so before the model is passed, in float32."
+        )
     if model.preprocess.kind == "text" and _axis(model, str(error)).endswith("sequence"):
         return (
             f"{model.name} could not be traced by torch.export ({reason}), as a loop in Python over the tokens or a "

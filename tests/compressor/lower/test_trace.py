@@ -35,6 +35,16 @@ class FixedBatch(nn.Module):
         return x + self.bias
 
 
+class Converting(nn.Module):
+    def __init__(self, convert):
+        super().__init__()
+        self.inner, self.convert = nn.Linear(4, 4), convert
+
+    def forward(self, x):
+        inner = self.convert(self.inner)
+        return x + inner(x.to(inner.weight.dtype)).float()
+
+
 class InPlace(nn.Module):
     """relu_ on a value that is used again, and add_ on a view, which changes the base tensor."""
 
@@ -111,6 +121,13 @@ def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
 def test_a_fixed_batch_is_an_error_in_one_sentence():
     with pytest.raises(TraceError, match="the code fixes axis 0 of input x to 2") as caught:
         trace(load(FixedBatch(), 2, 4))
+    assert one_sentence(str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, lambda inner: inner.to(torch.bfloat16)])
+def test_weights_that_are_converted_in_forward_are_an_error_in_one_sentence(convert):
+    with pytest.raises(TraceError, match="^Converting converts the weights of its own modules in forward") as caught:
+        trace(load(Converting(convert), 2, 4))
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
