@@ -126,7 +126,7 @@ def test_a_fixed_batch_is_an_error_in_one_sentence():
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.double, lambda inner: inner.to(torch.bfloat16)])
 def test_weights_that_are_converted_in_forward_are_an_error_in_one_sentence(convert):
-    with pytest.raises(TraceError, match="^Converting converts the weights of its own modules in forward") as caught:
+    with pytest.raises(TraceError, match=r"^Converting converts the weights of its own modules in forward") as caught:
         trace(load(Converting(convert), 2, 4))
     assert one_sentence(str(caught.value)), str(caught.value)
 
