@@ -22,6 +22,7 @@ from passes.rewrite.clean import Clean
 from passes.rewrite.join_slices import SCATTER, JoinSlices
 from passes.rewrite.read_size import ReadSize
 from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
+from passes.rewrite.separate_batch import SeparateBatch, joins_batch
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
@@ -104,6 +105,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
         apply(JoinSlices(), graph)
     if any(map(is_complex, graph.nodes())):
         apply(RealArithmetic(), graph)
+    if joins_batch(graph):
+        apply(SeparateBatch(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
         apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:
