@@ -62,8 +62,8 @@ def _exported(name: str, folder: Path) -> dict[str, Any]:
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
     from passes.base import apply
+    from passes.canonical.clean import Clean
     from passes.execute.interpreter import run
-    from passes.rewrite.clean import Clean
     from passes.rewrite.drop import Drop
 
     settings = Settings(model=name, data="random", samples=12, drop="none", tokens="none", random_weights=True)

@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
 from passes.base import apply
+from passes.canonical.clean import Clean
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
-from passes.rewrite.clean import Clean
 
 WIDTH, HEADS, KV_HEADS, LAYERS, WORDS = 32, 4, 2, 4, 96
 HEAD = WIDTH // HEADS

@@ -16,13 +16,13 @@ from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
+from passes.canonical.clean import Clean
+from passes.canonical.join_slices import SCATTER, JoinSlices
+from passes.canonical.real_arithmetic import RealArithmetic, is_complex
+from passes.canonical.separate_batch import SeparateBatch, joins_batch
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
-from passes.rewrite.clean import Clean
-from passes.rewrite.join_slices import SCATTER, JoinSlices
 from passes.rewrite.read_size import ReadSize
-from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
-from passes.rewrite.separate_batch import SeparateBatch, joins_batch
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output

@@ -10,10 +10,10 @@ from compressor.lower.trace import trace
 from passes.analysis.counted_cost import Costs
 from passes.analysis.redundancy import Score
 from passes.base import PassError, Rewritten, apply
+from passes.canonical.clean import Clean
 from passes.graph.edit import drop_branches
 from passes.graph.graph import GraphError
 from passes.graph.sites import find_sites
-from passes.rewrite.clean import Clean
 from passes.rewrite.drop import Drop
 from tests.architectures import TIMM
 

@@ -7,10 +7,10 @@ from torch import nn
 from compressor import models
 from compressor.lower.trace import trace
 from passes.base import apply
+from passes.canonical.clean import Clean
 from passes.execute.interpreter import run
 from passes.graph.graph import GraphError
 from passes.graph.sites import find_sites
-from passes.rewrite.clean import Clean
 from passes.rewrite.drop import Drop
 from tests.samples import traced
 

@@ -12,11 +12,11 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from passes.analysis.least_squares import Map, Replacement
 from passes.base import apply
+from passes.canonical.clean import Clean
 from passes.execute.interpreter import run
 from passes.graph.edit import insert_constant, remove_dead, set_arguments
 from passes.graph.graph import attribute
 from passes.graph.sites import find_sites
-from passes.rewrite.clean import Clean
 from passes.rewrite.drop import Drop
 from passes.rewrite.fold_linear import FoldLinear
 from passes.rewrite.replace import Replace

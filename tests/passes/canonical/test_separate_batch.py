@@ -13,12 +13,12 @@ from compressor import models
 from compressor.lower.trace import trace
 from passes.analysis.token_axis import sizes_of
 from passes.base import apply
+from passes.canonical.clean import Clean
+from passes.canonical.separate_batch import SeparateBatch, joins_batch
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph, aten
 from passes.graph.sites import find_sites
 from passes.merge_tokens.token_merging import ReduceTokens
-from passes.rewrite.clean import Clean
-from passes.rewrite.separate_batch import SeparateBatch, joins_batch
 
 TOKENS, WIDTH, HEADS = 6, 16, 4
 Call = Callable[["Layer", torch.Tensor], torch.Tensor]

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from compressor import models
 from compressor.lower.trace import trace
 from passes.base import apply
+from passes.canonical.clean import Clean
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
-from passes.rewrite.clean import Clean
 
 
 def exported(module, *inputs):

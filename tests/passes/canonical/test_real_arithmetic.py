@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from passes.base import apply
+from passes.canonical.real_arithmetic import RealArithmetic, is_complex
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
-from passes.rewrite.real_arithmetic import RealArithmetic, is_complex
 
 
 class Rotation(nn.Module):

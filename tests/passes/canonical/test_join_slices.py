@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from passes.base import apply
+from passes.canonical.clean import Clean
+from passes.canonical.join_slices import SCATTER, JoinSlices
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph, aten
-from passes.rewrite.clean import Clean
-from passes.rewrite.join_slices import SCATTER, JoinSlices
 
 Fill = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
