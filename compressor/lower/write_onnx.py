@@ -31,6 +31,7 @@ from compressor.models.text.recurrence import OPERATOR
 from passes.base import apply
 from passes.image_tokens.image_tokens import stage_of_state
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
+from passes.rewrite.fold_constants import FoldConstants, foldable
 from passes.torch_internals import generate_code, is_mutable, without_stack_traces
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     Weights go into a second file, named as the ONNX file plus ``.data``, if they exceed 2 GB or were read from disk one
     by one.
     """
-    graph = _with_flat_attention(graph)
+    graph = _prepared(graph)
     try:
         with _quiet(), torch.no_grad(), one_registry(), rules_by_operator(), exact_constants():
             program = _translated(graph, model)
@@ -161,12 +162,16 @@ def _names_of_axes(graph: Graph, model: Model) -> tuple[dict[int, str], ...]:
     return tuple(axes.values())
 
 
-def _with_flat_attention(graph: Graph) -> Graph:
-    """Return the graph, or a fork in which each attention has the four axes that torch.onnx requires."""
-    if not any(can_flatten(node) for node in graph.nodes()):
+def _prepared(graph: Graph) -> Graph:
+    """Return the graph, or a fork in which each weight is stored and each attention has the four axes of torch.onnx."""
+    computed, other = bool(foldable(graph)), any(can_flatten(node) for node in graph.nodes())
+    if not computed and not other:
         return graph
     fork = graph.fork()
-    apply(FlattenAttention(), fork)
+    if computed:
+        apply(FoldConstants(), fork)
+    if other:
+        apply(FlattenAttention(), fork)
     return fork
 
 

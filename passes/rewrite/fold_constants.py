@@ -1,0 +1,101 @@
+"""Values that depend on weights alone, computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from passes.base import Rewritten
+from passes.execute.offloaded_weights import is_offloaded
+from passes.graph.edit import insert_constant, remove_dead, replace_all_uses
+from passes.graph.graph import Graph, attribute, is_pure
+from passes.graph.random_operators import is_random
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    """Rewrite pass that computes what depends on weights alone, such as the parts into which a weight is split.
+
+    Engines compute such values once as well, but quantizers take only weights that are stored in the file: those of
+    cross-attention of `torch.nn.MultiheadAttention`, and weights under weight norm, stayed in float.
+
+    Before::
+
+        %w = split_with_sizes(%weight, [32, 64]); %q = getitem(%w, 0); %y = linear(%x, %q)
+
+    After::
+
+        %y = linear(%x, %weight_of_q)
+
+    A value that is larger than the weights it is computed from stays computed, and so does what is computed from a
+    weight that is read elsewhere as it is, or that is on disk.
+    """
+
+    rewrites: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
+        """Edit the graph. Return the names of the replaced nodes."""
+        folded = foldable(graph)
+        for node in folded:
+            name = f"{_weights_of(node)[0].target}.{node.name}"
+            replace_all_uses(graph, node, insert_constant(graph, name, _value(graph, node, {}), before=node))
+        if folded:
+            remove_dead(graph)
+        return Rewritten(changed=tuple(node.name for node in folded))
+
+
+def foldable(graph: Graph) -> list[fx.Node]:
+    """Return the nodes that depend on weights alone and are read by nodes that do not."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes():
+        if node.op == "get_attr":
+            constant.update([node] if _in_memory(attribute(graph, node)) else [])
+        elif node.op == "call_function" and node.all_input_nodes and is_pure(node) and not is_random(node):
+            constant.update([node] if constant.issuperset(node.all_input_nodes) else [])
+    read: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes():
+        if node.op == "get_attr":
+            read.setdefault(attribute(graph, node), []).extend(node.users)
+    shared = {weight for weight, users in read.items() if not constant.issuperset(users)}
+    ends = [node for node in constant if node.op != "get_attr" and not constant.issuperset(node.users)]
+    order = {node: place for place, node in enumerate(graph.nodes())}
+    return [node for node in sorted(ends, key=order.__getitem__) if _is_worth_storing(graph, node, shared)]
+
+
+def _in_memory(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not is_offloaded(value)
+
+
+def _is_worth_storing(graph: Graph, node: fx.Node, shared: set[Any]) -> bool:
+    """Return whether a value may replace its weights: it is a tensor, is not larger, and none of them is read."""
+    value, weights = node.meta.get("val"), [attribute(graph, each) for each in _weights_of(node)]
+    if not isinstance(value, torch.Tensor) or any(weight in shared for weight in weights):
+        return False
+    return bool(value.numel() <= sum(weight.numel() for weight in dict.fromkeys(weights)))
+
+
+def _weights_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes of the weights that a value is computed from, in the order in which they are read."""
+    if node.op == "get_attr":
+        return [node]
+    return list(dict.fromkeys(weight for source in node.all_input_nodes for weight in _weights_of(source)))
+
+
+def _value(graph: Graph, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """Compute a value from its weights."""
+    if node in known:
+        return known[node]
+    if node.op == "get_attr":
+        known[node] = attribute(graph, node).detach()
+    else:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: _value(graph, each, known))
+        assert callable(node.target)
+        known[node] = node.target(*args, **kwargs)
+    return known[node]
