@@ -17,6 +17,7 @@ from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
 from passes.canonical.clean import Clean
+from passes.canonical.expand_einsum import EINSUM, ExpandEinsum
 from passes.canonical.join_slices import SCATTER, JoinSlices
 from passes.canonical.real_arithmetic import RealArithmetic, is_complex
 from passes.canonical.separate_batch import SeparateBatch, joins_batch
@@ -105,6 +106,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
         apply(JoinSlices(), graph)
     if any(map(is_complex, graph.nodes())):
         apply(RealArithmetic(), graph)
+    if any(node.target is EINSUM for node in graph.nodes()):
+        apply(ExpandEinsum(), graph)
     if joins_batch(graph):
         apply(SeparateBatch(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder

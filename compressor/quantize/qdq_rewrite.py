@@ -38,6 +38,9 @@ Range = tuple[float, float]
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 """Operators that can compute in int8."""
 
+OTHERS = ("ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
+"""Operators with weights that no rule quantizes."""
+
 SMALLEST = 16
 """Smallest number of input or output channels that is quantized."""
 
@@ -201,17 +204,20 @@ def _weights(graph: onnx.GraphProto) -> dict[str, tuple[onnx.TensorProto, bool]]
 
 def candidates(model: onnx.ModelProto, *, convolutions: bool) -> tuple[list[Linear], list[Kept]]:
     """Split the nodes with a constant weight into nodes to quantize and nodes that the fixed rules keep in float."""
-    weights = _weights(model.graph)
+    weights, computed = _weights(model.graph), _computed(model.graph)
     linears: list[Linear] = []
     kept: list[Kept] = []
     for node in model.graph.node:
-        if node.domain not in {"", "ai.onnx"} or node.op_type not in PRODUCTS:
+        if node.domain not in {"", "ai.onnx"}:
             continue
-        if node.input[1] not in weights or node.input[0] in weights:
+        name, module = node.name or node.output[0], _module(node)
+        reason = _other_form(node, weights, computed)
+        if reason is not None:
+            kept.append(Kept(name, module, reason))
+        if node.op_type not in PRODUCTS or node.input[1] not in weights or node.input[0] in computed:
             continue
         tensor, transposed = weights[node.input[1]]
         reason = _refusal(node, tensor, convolutions=convolutions)
-        name, module = node.name or node.output[0], _module(node)
         if reason is not None:
             kept.append(Kept(name, module, reason))
             continue
@@ -219,6 +225,32 @@ def candidates(model: onnx.ModelProto, *, convolutions: bool) -> tuple[list[Line
         bias = node.input[2] if len(node.input) > 2 else ""
         linears.append(Linear(node.output[0], name, module, node.op_type, node.input[0], node.input[1], flip, bias))
     return linears, kept
+
+
+def _computed(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of the values that do not depend on an input: weights, and what is computed from them alone."""
+    inputs = {value.name for value in graph.input}
+    values = {tensor.name for tensor in graph.initializer} - inputs
+    for node in graph.node:
+        if not set(node.input) - values - {""} and not any(attribute.HasField("g") for attribute in node.attribute):
+            values.update(node.output)
+    return values
+
+
+def _other_form(
+    node: onnx.NodeProto, weights: Mapping[str, tuple[onnx.TensorProto, bool]], computed: set[str]
+) -> str | None:
+    """Return the reason for which a product with a weight of another form than `PRODUCTS` stays in float, or None."""
+    if not set(node.input) - computed:
+        return None  # a weight itself
+    if node.op_type in OTHERS:
+        matrices = [name for name in node.input if name in weights and len(weights[name][0].dims) > 1]
+        return f"{node.op_type} is not quantized" if matrices else None
+    if node.op_type not in PRODUCTS:
+        return None
+    if node.input[0] in computed:
+        return "its weight is the first factor of the product"
+    return "its weight is computed from others" if node.input[1] in computed - set(weights) else None
 
 
 def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bool) -> str | None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from compressor.choices import CALIBRATIONS, Calibration
 from compressor.errors import CompressorError
@@ -610,3 +610,36 @@ def test_weight_is_rounded_to_the_nearest_step_of_its_channel(seed: int, axis: i
     # Half a step, and float32 rounding of the division and of the product: up to 127 steps times 1.2e-7 each.
     assert (np.abs(quantized * steps - w) <= 0.5 * steps * (1 + 1e-4)).all()
     assert (np.abs(quantized).max(axis=1 - axis) == 127).all()
+
+
+def test_weights_that_no_rule_quantizes_are_named(tmp_path: Path) -> None:
+    """Products of two activations have no weight; what computes a weight is no layer of its own."""
+    weights = {"w": normal(K, K), "v": normal(K, K), "r": normal(1, 4 * K, K), "kernel": normal(K, K, 2)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["plain"], name="plain"),
+        helper.make_node("MatMul", ["w", "plain"], ["first"], name="first"),
+        helper.make_node("Mul", ["w", "v"], ["product"], name="product"),
+        helper.make_node("MatMul", ["product", "v"], ["both"], name="both"),
+        helper.make_node("MatMul", ["first", "both"], ["computed"], name="computed"),
+        helper.make_node("Einsum", ["computed", "v"], ["sum"], name="einsum", equation="bij,kj->bik"),
+        helper.make_node("LSTM", ["sum", "r", "r"], ["steps"], name="lstm", hidden_size=K),
+        helper.make_node("Squeeze", ["steps"], ["sequence"], name="squeeze"),
+        helper.make_node("ConvTranspose", ["sequence", "kernel"], ["wide"], name="transposed"),
+        helper.make_node("MatMul", ["sum", "sequence"], ["y"], name="activations"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", K, K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    linears, kept = candidates(helper.make_model(graph), convolutions=False)
+    assert [linear.node for linear in linears] == ["plain"]
+    assert {each.node: each.reason for each in kept} == {
+        "first": "its weight is the first factor of the product",
+        "computed": "its weight is computed from others",
+        "einsum": "Einsum is not quantized",
+        "lstm": "LSTM is not quantized",
+        "transposed": "ConvTranspose is not quantized",
+    }
