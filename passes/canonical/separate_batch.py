@@ -13,7 +13,7 @@ from passes.analysis.token_axis import RESHAPES, is_pointwise, option, sizes_of
 from passes.base import Rewritten
 from passes.graph.edit import insert_call, remove_dead, replace_all_uses
 from passes.graph.graph import DROPOUTS, Graph, aten, value_of
-from passes.torch_internals import SOFTMAX
+from passes.torch_internals import SOFTMAX, expression
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -107,7 +107,7 @@ class _Separation:
         """Give a node a twin if it can have one; return whether it splits the batch off and was replaced."""
         value = value_of(node)
         if isinstance(value, torch.SymInt):
-            self.lengths.setdefault(value.node.expr, node)
+            self.lengths.setdefault(expression(value), node)
         if node.op != "call_function" or not isinstance(value, torch.Tensor):
             return False
         if node.target in RESHAPES:
