@@ -168,9 +168,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     try:
         return read_json(folder / MANIFEST, _SCHEMA, remedy=COPY_AGAIN)["files"]
     except (FileNotFoundError, JsonFileError) as error:
+        if not folder.exists():
+            raise FolderError(f"there is no folder {folder}; check the path.") from error
         reason = "" if isinstance(error, FileNotFoundError) else f": {str(error).rstrip('.')}"
         raise FolderError(
-            f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}{reason}."
+            f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}{reason}; give the folder of "
+            "an export."
         ) from error
 
 
