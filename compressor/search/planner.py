@@ -42,7 +42,7 @@ from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site, attribute
-from passes.plan.plan import Plan, with_action, with_token_merging
+from passes.plan.plan import Plan, fingerprint, with_action, with_token_merging
 from passes.plan.selection import SCORED, choose, parse
 
 # Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
@@ -400,7 +400,8 @@ def _prices(
     if settings.prices is None:
         clock = partial(_recalled, journal, evaluator, steps)
     else:
-        clock = partial(stored_timings, Path(settings.prices), subject.model.name, settings, calls)
+        sites = fingerprint(subject.sites)
+        clock = partial(stored_timings, Path(settings.prices), subject.model.name, sites, settings, calls)
     return cost_model.fit_latency_cost_model(subject.graph, calls, designs, clock, text(settings.prices))
 
 
@@ -464,6 +465,7 @@ def facts_of(search: Search) -> dict[str, Any]:
         "predicted_speedup": search.speedup,
         "prices": {
             "unit": prices.unit,
+            "sites": fingerprint(search.rewriter.sites),
             "source": prices.source,
             "timings": prices.timings,
             "largest_error": prices.error,

@@ -412,8 +412,8 @@ def test_errors_on_the_device_are_one_sentence(tmp_path):
     done = on_device("build", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"Error: {tmp_path} is not a folder that Compressor wrote: it has no valid manifest.json; give the folder of an "
-        "export.\n"
+        f"Error: {tmp_path} is not a folder that Compressor wrote: it has no valid manifest.json; give the folder of "
+        "an export.\n"
     )
     assert done.stderr.count("\n") == 1
     missing = on_device("build", tmp_path / "none")

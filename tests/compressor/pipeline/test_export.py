@@ -435,6 +435,7 @@ def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, 
     assert all(step["loss"] <= 30.0 for step in search["steps"])
     alone = {"run": {"times": 1, "shapes": {"x": [1, 8]}, "timings": {}}}
     prices = {"unit": "multiply-adds", "source": None, "timings": {}, "largest_error": 0.0, "calls": alone}
+    assert len(search["prices"].pop("sites")) == 16
     assert search["prices"] == prices
     assert search["predicted_speedup"] > 1.0
     assert set(content["quality"]["label_free"]) == {"agreement", "divergence"}
