@@ -64,7 +64,13 @@ from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
 from compressor.workspace.json_files import utf8
-from compressor.workspace.output_folder import check_outside_data, engine_bytes, output_folder, scratch_folder
+from compressor.workspace.output_folder import (
+    check_no_input,
+    check_outside_data,
+    engine_bytes,
+    output_folder,
+    scratch_folder,
+)
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
@@ -152,6 +158,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
     check_outside_data(output, settings.data)
+    check_no_input(output, settings.model, settings.data)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
     with (

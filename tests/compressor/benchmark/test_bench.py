@@ -306,6 +306,7 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
         (["OUT"], {"threads": (2, 2)}, SettingsError, "threads is 2,2"),
         (["OUT"], {"threads": (10**6,)}, SettingsError, "threads is 1000000; expected integers of at most 4,096"),
         (["OUT"], {"output": "ROOM"}, SettingsError, "is a folder; expected a file"),
+        (["OUT"], {"data": "NOISE", "output": "NOISE"}, CompressorError, "noise.npy, which this command reads; choose"),
         (["OUT"], {"output": "/dev/null"}, CompressorError, "/dev/null is a device, but a file is written there"),
         (["OUT"], {"model": FACTORY, "target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
         (["OUT"], {"model": "nowhere_at_all:x"}, CompressorError, "could not be called"),

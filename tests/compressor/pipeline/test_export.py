@@ -39,7 +39,7 @@ from compressor.report.pareto_report import ParetoFront
 from compressor.report.report import Report
 from compressor.search.planner import Choice
 from compressor.settings import Settings
-from compressor.workspace.output_folder import copy_onnx
+from compressor.workspace.output_folder import copy_onnx, write_manifest
 from passes.analysis.counted_cost import Costs
 from passes.base import PassError, apply
 from passes.graph.graph import Graph
@@ -424,6 +424,17 @@ def test_a_failed_sweep_leaves_only_its_journal(
     with pytest.raises(CompressorError, match="fell asleep"):
         compressor.sweep(**labelled, cost="macs", actions="drop", points=2, output=tmp_path / "front")
     assert [path.name for path in tmp_path.iterdir()] == [".front.journal"]
+
+
+@pytest.mark.parametrize("command", [compressor.export, compressor.sweep])
+def test_a_model_is_not_replaced_by_its_own_export(command: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder)
+    with pytest.raises(CompressorError, match=r"is or holds .*, which this command reads; choose another --output"):
+        command(folder, data="random", output=folder, force=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json"]
 
 
 def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
