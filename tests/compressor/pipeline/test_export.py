@@ -433,7 +433,7 @@ def test_a_model_is_not_replaced_by_its_own_export(command: Any, tmp_path: Path)
     (folder / "config.json").write_text("{}")
     write_manifest(folder)
     with pytest.raises(CompressorError, match=r"is or holds .*, which this command reads; choose another --output"):
-        command(folder, data="random", output=folder, force=True)
+        command(folder, data=DIGITS, output=folder, force=True)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json"]
 
 
