@@ -56,7 +56,7 @@ from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.plan_file import of_earlier_rule
 from compressor.search.planner import Choice, choose_plan
-from compressor.search.site_evidence import tokens_left
+from compressor.search.site_evidence import of_zeros, tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
@@ -240,6 +240,7 @@ def _compressed(
             *_lost(rewritten, subject),
             *of_earlier_rule(settings.drop),
             *(of_last_tokens(subject) if settings.metric == "angular" else ()),
+            *of_zeros(rewritten.choice.evidence.get("zeros", {})),
             *without_genai,
             *of_timings(timer.unsteady),
         ),
