@@ -45,6 +45,12 @@ def check_baseline(evaluation: Evaluation, reference: str, originals: Sequence[s
         return
     if originals and all(of(name).no_better for name in columns):
         chance.check_measured(metric, columns[originals[0]], evaluation.outputs, originals[0], source)
+    if found.fault is not None:
+        yield (
+            f"{source} {found.fault}, so losses against {reference} mean nothing; correct its labels, or give the data "
+            "without them."
+        )
+        return
     yield (
         f"{reference} has {found}, so losses against it mean nothing; give another baseline with --against, or correct "
         f"the labels of {source}."

@@ -33,6 +33,7 @@ from compressor.target.half_arithmetic import FP16, half_types
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import (
     check_file,
+    check_no_input,
     check_outside,
     check_outside_data,
     check_writable,
@@ -66,6 +67,7 @@ def bench(
     check_writable(output.parent)
     check_outside(output.parent)
     check_outside_data(output, settings.data)
+    check_no_input(output, *settings.what, settings.model, settings.data)
     steps = Steps(console)
     with output_lock(output, steps.say), scratch_folder(output) as scratch:
         comparison = _compared(settings, scratch, steps, command)

@@ -15,6 +15,7 @@ from compressor.data.decoder_inputs import DECODER_IDS, with_decoder_inputs
 from compressor.data.equal_samples import equal_samples
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
+from compressor.data.sample_cache import DIGEST, digest, digest_of_feeds
 from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
 from compressor.data.text_lengths import check_lengths, check_unknown
 from compressor.errors import DataError
@@ -24,6 +25,7 @@ from compressor.models.preprocess import Preprocess
 if TYPE_CHECKING:
     from compressor.models.class_names import ClassNames
 
+DIGESTED = 32  # samples of a batch whose hash is computed
 MIDDLE = 3  # samples that `Split.middle` takes at least, however long they are
 
 __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
@@ -205,6 +207,14 @@ class Split:
         remaining = tuple(index for index in self.indices if index not in excluded)
         rest = replace(self, indices=remaining)
         return rest.head(n) if remaining else rest
+
+    def digest(self) -> bytes:
+        """Return a hash of the inputs and the labels of all samples, as a model and its metric see them."""
+        found = hashlib.blake2b(digest_size=DIGEST)
+        for batch in self.bounded_batches(DIGESTED):
+            found.update(digest_of_feeds(batch.feeds))
+            found.update(b"" if batch.labels is None else digest(batch.labels))
+        return found.digest()
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         samples = self.samples

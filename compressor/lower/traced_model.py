@@ -286,6 +286,8 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
     data = subject.data
     with steps.step("check the original"), index_errors_as_data_errors(subject):
         found = chance.check_original(subject.graph, subject.model, data.validation, subject.metric, data.source)
+    judged = [part for part in data.parts if part.name in ("decision", "test")]
+    found = (*found, *chance.constant_scores(subject.metric, judged))
     return dataclasses.replace(subject, data=dataclasses.replace(data, limitations=(*data.limitations, *found)))
 
 

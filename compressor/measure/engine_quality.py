@@ -11,8 +11,9 @@ from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.models import Model
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
+from compressor.quality.intervals import Array
 from compressor.workspace.progress import Steps, Tick
-from runtimes.base.protocols import Engine
+from runtimes.base.protocols import Engine, RuntimesError
 
 
 def quality_on_test(
@@ -48,9 +49,15 @@ def evaluate_openers(
     """Open engines and evaluate them side by side on a split; the others are compared with `reference`."""
     with contextlib.ExitStack() as opened:
         engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
-        runners = {name: _runner(engine, subject.model) for name, engine in engines.items()}
+        runners = {name: _runner(name, engine, subject.model) for name, engine in engines.items()}
         return evaluate(split, runners, head=subject.head, metric=subject.metric, reference=reference, progress=tick)
 
 
-def _runner(engine: Engine, model: Model) -> Runner:
-    return lambda feeds: model.evaluated(engine.run(feeds))
+def _runner(name: str, engine: Engine, model: Model) -> Runner:
+    def answer(feeds: Mapping[str, Array]) -> Array:
+        try:
+            return model.evaluated(engine.run(feeds))
+        except RuntimesError as error:  # such as inputs of another shape; several engines run side by side
+            raise type(error)(f"{name}: {error}") from error
+
+    return answer

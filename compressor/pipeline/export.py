@@ -56,7 +56,7 @@ from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.plan_file import of_earlier_rule
 from compressor.search.planner import Choice, choose_plan
-from compressor.search.site_evidence import tokens_left
+from compressor.search.site_evidence import of_zeros, tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
@@ -64,7 +64,13 @@ from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
 from compressor.workspace.json_files import utf8
-from compressor.workspace.output_folder import check_outside_data, engine_bytes, output_folder, scratch_folder
+from compressor.workspace.output_folder import (
+    check_no_input,
+    check_outside_data,
+    engine_bytes,
+    output_folder,
+    scratch_folder,
+)
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
@@ -152,6 +158,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
     check_outside_data(output, settings.data)
+    check_no_input(output, settings.model, settings.data)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
     with (
@@ -233,6 +240,7 @@ def _compressed(
             *_lost(rewritten, subject),
             *of_earlier_rule(settings.drop),
             *(of_last_tokens(subject) if settings.metric == "angular" else ()),
+            *of_zeros(rewritten.choice.evidence.get("zeros", {})),
             *without_genai,
             *of_timings(timer.unsteady),
         ),

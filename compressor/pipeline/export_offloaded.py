@@ -41,6 +41,7 @@ from compressor.quantize.precision import Source
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
 from compressor.search.planner import Choice, apply_fixed_plan
+from compressor.search.site_evidence import of_zeros
 from compressor.settings import Settings
 from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps, Tick
@@ -285,7 +286,10 @@ def _report(
         notes=tuple(_notes(settings, steps)),
         engine=engine,
         evidence=choice.evidence,
-        limitations=tuple(limitations_of(subject, settings.precision, {}, (), engine)),
+        limitations=(
+            *limitations_of(subject, settings.precision, {}, (), engine),
+            *of_zeros(choice.evidence.get("zeros", {})),
+        ),
     )
 
 

@@ -26,6 +26,7 @@ from compressor.quality.chance import ChanceError
 from compressor.report.collect_limitations import of_weight_types
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
+from compressor.search.site_evidence import of_zeros, zeros_of
 from compressor.study.study import study as studied
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
@@ -105,6 +106,7 @@ def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> 
             *subject.data.limitations,
             *of_weight_types(subject.model, "the scores are those of the float32 weights"),
             *of_last_tokens(subject),
+            *of_zeros(zeros_of(scores)),
             *doubts,
         ),
     )

@@ -19,7 +19,7 @@ from compressor.search.planner import facts_of, make_rewriter, points_of, prepar
 from compressor.search.stored_prices import check_prices, price_notes
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_outside_data, output_folder, scratch_folder
+from compressor.workspace.output_folder import check_no_input, check_outside_data, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def sweep(
     steps = Steps(console)
     output = Path(settings.output)
     check_outside_data(output, settings.data)
+    check_no_input(output, settings.model, settings.data)
     with (
         output_folder(output, force=settings.force, say=steps.say) as folder,
         scratch_folder(output) as scratch,

@@ -7,8 +7,8 @@ another column, reversed scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.models import Model
 from compressor.quality import evaluate
-from compressor.quality.answer_variation import AnswerVariation
+from compressor.quality.answer_variation import ROUNDING, AnswerVariation
 from compressor.quality.evaluate import BATCH, graph_runner, join, metric_value, sample_columns
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns, Figure, by_text
@@ -54,26 +54,31 @@ class Standing:
         figure: its value with a 95 % interval.
         chance: its value for a model that guesses.
         skill: 0 at chance and 1 for a perfect model, with the interval of `figure`.
+        fault: a clause that says why the labels judge no model; None if they do.
     """
 
     metric: str
     figure: Figure
     chance: float
     skill: Figure
+    fault: str | None = None
 
     @property
     def better(self) -> bool:
         """Whether the model is better than chance: beyond the interval, or for perplexity beyond the margin."""
-        return self.skill.low > 0 or (self.metric.endswith("perplexity") and self.skill.value > MARGIN)
+        beyond = self.skill.low > 0 or (self.metric.endswith("perplexity") and self.skill.value > MARGIN)
+        return beyond and self.fault is None
 
     @property
     def no_better(self) -> bool:
         """Whether the model is at or below chance, and its interval excludes a model that is clearly better.
 
+        So it is with labels that judge no model.
+
         The interval need not end below chance: with 1,000 classes, no correct answer among 3,000 leaves accuracies
         above 0.1 % possible, but 36 samples exclude 10 %.
         """
-        return self.skill.value <= 0 and self.skill.high <= MARGIN
+        return self.fault is not None or (self.skill.value <= 0 and self.skill.high <= MARGIN)
 
     def __str__(self) -> str:
         """Return the metric with its interval, and chance."""
@@ -95,16 +100,39 @@ class Standing:
 
 
 def standing(metric: str, columns: Columns, outputs: int) -> Standing:
-    """Compare a metric with chance.
-
-    The interval is that of Clopper and Pearson (1934) for accuracy, which also holds at 0 % where a bootstrap has no
-    width, that of Fieller, Hartley and Pearson (1957) for Spearman correlation, and a bootstrap over texts for
-    perplexity.
+    """Compare a metric with chance, and find out whether the labels can judge a model at all.
 
     Args:
         metric: one of `METRICS`.
         columns: the columns of `sample_columns`, one row per sample or text.
         outputs: number of classes, or of tokens in the vocabulary; not used for Spearman correlation.
+    """
+    found = _compared(metric, columns, outputs)
+    return replace(found, fault=_fault(found, columns))
+
+
+def _fault(found: Standing, columns: Columns) -> str | None:
+    """Return a clause on the data that says why its labels judge no model; None if they do."""
+    count = found.figure.n
+    if "gold" in columns and count >= FEWEST and float(np.ptp(columns["gold"])) == 0.0:
+        score = f"has the score {columns['gold'][0]:.4g} for all {count} samples that were compared"
+        return f"{score}, with which nothing correlates and than which no model is better"
+    if found.metric == "mae" and found.figure.value <= ROUNDING * found.chance:
+        scores = f"has the model's own outputs as scores, up to an error of {found.figure.value:.2g}"
+        return f"{scores}, and a loss relative to an error of 0 is not defined"
+    unions = [column for name, column in columns.items() if name.startswith("union ")]
+    counted = columns.get("tokens", sum(unions) if unions else 1)
+    if not np.any(counted):
+        return f"marks everything in the {count} samples that were compared as not scored"
+    return None
+
+
+def _compared(metric: str, columns: Columns, outputs: int) -> Standing:
+    """Compare a metric with chance.
+
+    The interval is that of Clopper and Pearson (1934) for accuracy, which also holds at 0 % where a bootstrap has no
+    width, that of Fieller, Hartley and Pearson (1957) for Spearman correlation, and a bootstrap over texts for
+    perplexity.
     """
     count = len(next(iter(columns.values())))
     if metric in SHARES or metric == "mae":
@@ -271,13 +299,36 @@ def check_measured(metric: str, columns: Columns, outputs: int, name: str, sourc
         return ()
     found = standing(metric, columns, outputs)
     if found.no_better:
-        raise ChanceError(f"{name} has {found}, so {_cause(found, source)}.")
+        raise ChanceError(_refusal(found, name, source))
     return () if found.better else (_not_better(found),)
+
+
+def constant_scores(metric: str, splits: Sequence[Split]) -> Iterator[Limitation]:
+    """Yield a limitation for the splits whose samples all have one score, so that correlations are not defined."""
+    for split in splits if metric in (*RANKED, "mae") else ():
+        labels = split.labels
+        if labels is not None and float(np.ptp(labels)) == 0.0:
+            yield Limitation(
+                "scores of the data",
+                f"all {len(split):,} {split.name} samples have the score {labels.flat[0]:.4g}, with which nothing "
+                "correlates: a Spearman correlation on them is not defined, and stands as 0; give scores that differ",
+            )
+
+
+def _refusal(found: Standing, name: str, source: str) -> str:
+    """Return the message about a model that is no better than chance, or about labels that judge no model."""
+    if found.fault is None:
+        return f"{name} has {found}, so {_cause(found, source)}."
+    labels = "scores" if found.metric in (*RANKED, "mae") else "labels"
+    return (
+        f"{source} {found.fault}, so no loss of {name} can be measured; correct its {labels}, or give the data without "
+        f"{labels} to compare the result with the original."
+    )
 
 
 def _stop(found: Standing, run: _Run, model: Model, split: Split, source: str) -> str:
     if found.metric != "accuracy":
-        return f"{model.name} has {found}, so {_cause(found, source)}."
+        return _refusal(found, model.name, source)
     hint = _other_numbering(found, run, split, model)
     return f"{model.name} has {found}, so {_cause(found, source)} ({_pairs(split, model)}){hint and f'; {hint}'}."
 

@@ -183,7 +183,7 @@ def evaluate(
         progress: called with the number of samples done and the total.
 
     Raises:
-        EvaluationError: an output contains NaN or infinity.
+        EvaluationError: an output contains NaN or infinity, or models have outputs of other shapes.
     """
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
     changed: dict[str, list[Disagreement]] = {name: [] for name in runners}
@@ -194,6 +194,7 @@ def evaluate(
         variation.add(original)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
+            _check_outputs(name, answer, reference, original)
             columns = sample_columns(head, metric, batch, answer, original, name)
             parts[name].append(columns)
             changed[name] = largest_regret(
@@ -207,6 +208,16 @@ def evaluate(
     if head.by_window:
         joined = {name: by_text(columns, owners) for name, columns in joined.items()}
     return Evaluation(metric, joined, changed, head, original.shape[-1], variation)
+
+
+def _check_outputs(name: str, answer: Array, reference: str, original: Array) -> None:
+    """Raise if two models differ in their outputs, such as in the number of classes or of tokens in the vocabulary."""
+    if answer.shape != original.shape:
+        sizes = [" x ".join(map(str, each.shape[1:])) for each in (answer, original)]
+        raise EvaluationError(
+            f"{name} gives {sizes[0]} values for each sample, and {reference} {sizes[1]}, so they cannot be compared; "
+            "give models of the same classes or the same vocabulary."
+        )
 
 
 def join(parts: list[Columns]) -> Columns:

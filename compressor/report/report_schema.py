@@ -368,6 +368,7 @@ class Evidence(TypedDict):  # noqa: D101
     similarity: NotRequired[list[list[Finite | None]]]
     sites: NotRequired[dict[Text, SiteEvidence]]
     tokens: NotRequired[dict[Text, Count]]
+    zeros: NotRequired[dict[Text, Count]]
 
 
 @with_config(_EXACT)

@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor import __version__
 from compressor.choices import GGUF, TRANSFORMERS
+from compressor.data.sample_cache import DIGEST, digest
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.executor.base import Batches
@@ -38,8 +41,8 @@ from compressor.workspace.progress import Steps, Tick
 from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
-from passes.graph.graph import Graph, Site
-from passes.plan.plan import Plan, with_action, with_token_merging
+from passes.graph.graph import Graph, Site, attribute
+from passes.plan.plan import Plan, fingerprint, with_action, with_token_merging
 from passes.plan.selection import SCORED, choose, parse
 
 # Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
@@ -397,7 +400,8 @@ def _prices(
     if settings.prices is None:
         clock = partial(_recalled, journal, evaluator, steps)
     else:
-        clock = partial(stored_timings, Path(settings.prices), subject.model.name, settings, calls)
+        sites = fingerprint(subject.sites)
+        clock = partial(stored_timings, Path(settings.prices), subject.model.name, sites, settings, calls)
     return cost_model.fit_latency_cost_model(subject.graph, calls, designs, clock, text(settings.prices))
 
 
@@ -461,6 +465,7 @@ def facts_of(search: Search) -> dict[str, Any]:
         "predicted_speedup": search.speedup,
         "prices": {
             "unit": prices.unit,
+            "sites": fingerprint(search.rewriter.sites),
             "source": prices.source,
             "timings": prices.timings,
             "largest_error": prices.error,
@@ -517,6 +522,8 @@ def points_of(search: Search, model: str) -> list[Point]:
 def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     """Open the journal next to the output folder; values of a search with other settings are discarded.
 
+    So are those of other weights or samples under the same name, such as a model that was trained further.
+
     The file is deleted when the output folder is complete, see `compressor.workspace.output_folder`.
     """
     # These settings only affect steps after the search, so a journal stays valid if they change.
@@ -534,8 +541,21 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
         data["test_ids"],
     ]
     identity.append([(site.name, site.kind, site.width) for site in subject.sites])
+    identity += [_digest_of_weights(subject.graph), *(part.digest() for part in subject.data.parts[:2])]
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()
     return Journal(digest, hidden_path(Path(settings.output), JOURNAL))
+
+
+def _digest_of_weights(graph: Graph) -> bytes:
+    """Return a hash of all tensors that a graph reads, with their names."""
+    found = hashlib.blake2b(digest_size=DIGEST)
+    read = {str(node.target): node for node in graph.nodes() if node.op == "get_attr"}
+    for name, node in read.items():
+        value = attribute(graph, node)
+        if isinstance(value, torch.Tensor):
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + digest(content.numpy()))
+    return found.digest()
 
 
 def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> OutputDivergence:

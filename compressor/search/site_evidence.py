@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from compressor.data.splits import Split
+from compressor.limitations import Limitation
 from compressor.quality.evaluate import tensor_batches
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
@@ -33,9 +34,27 @@ def evidence(sites: Sequence[Site], scores: Scores | None, effects: Mapping[str,
         content["samples"] = scores.samples
         content["states"] = list(state_names(sites, scores))
         content["similarity"] = nested(scores.similarity_matrix().tolist())
+        if zeros := zeros_of(scores):
+            content["zeros"] = zeros
     if scores is not None or effects:
         content["sites"] = {site.name: _row(site, scores, effects.get(site.name)) for site in sites}
     return content
+
+
+def zeros_of(scores: Scores) -> dict[str, int]:
+    """Return the number of tokens that the scores of each site leave out, for the sites that leave some out."""
+    return {name: moments.zeros for name, moments in scores.sites.items() if moments.zeros}
+
+
+def of_zeros(zeros: Mapping[str, int]) -> Iterator[Limitation]:
+    """Yield a limitation if scores leave out tokens at which the trunk is zero; see `zeros_of`."""
+    if zeros:
+        name, most = max(zeros.items(), key=lambda pair: pair[1])
+        yield Limitation(
+            "similarity of branches",
+            f"{most:,} tokens at {name} and up to as many at {len(zeros) - 1} others are left out of cosines, angles "
+            "and updates, because the trunk is zero there and has no direction",
+        )
 
 
 def scores_for_report(graph: Graph, split: Split) -> Scores | None:

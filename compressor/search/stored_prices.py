@@ -43,6 +43,7 @@ class _Call(TypedDict):
 @with_config(_KEPT)
 class _Prices(TypedDict):
     unit: str
+    sites: str
     calls: dict[str, _Call]
 
 
@@ -67,13 +68,14 @@ _SCHEMA: TypeAdapter[_Content] = TypeAdapter(_Content)
 
 
 def stored_timings(
-    path: Path, name: str, settings: Settings, calls: Mapping[str, Call], designs: Mapping[str, object]
+    path: Path, name: str, sites: str, settings: Settings, calls: Mapping[str, Call], designs: Mapping[str, object]
 ) -> dict[str, dict[str, float]]:
     """Return the milliseconds of each call of each design that an earlier search timed.
 
     Args:
         path: the folder of an export or a sweep, or its report.json or sweep.json.
         name: name of the model.
+        sites: fingerprint of its sites; folders of one name can hold models of different sizes.
         settings: settings of this search.
         calls: the calls of this search by name.
         designs: the designs of this search by name.
@@ -82,7 +84,13 @@ def stored_timings(
         PricesError: there is no such file, it has no timings, or they are those of other engines.
         JsonFileError: it is no report of this release.
     """
-    file, content, stored = _read(path)
+    file, content, prices = _read(path)
+    stored = prices["calls"]
+    if _name(content) == name and prices["sites"] != sites:
+        raise PricesError(
+            f"the prices in {file} are those of another model named {name}, with other branches or widths; give a "
+            "matching folder, or leave out --prices."
+        )
     for what, found, expected in _differences(content, stored, name, settings, calls, designs):
         raise PricesError(
             f"the prices in {file} are those of {what} {found}, but this search needs {what} {expected}; give a "
@@ -114,8 +122,8 @@ def price_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     return () if source is None else (f"The search took its prices from {source}; nothing was timed for them.",)
 
 
-def _read(path: Path) -> tuple[Path, _Content, dict[str, _Call]]:
-    """Return the file, its content, and the timings of each call in it."""
+def _read(path: Path) -> tuple[Path, _Content, _Prices]:
+    """Return the file, its content, and the prices in it."""
     file = _file(path)
     content = read_json(file, _SCHEMA, remedy=REMEDY)
     prices = content["search"].get("prices")
@@ -124,7 +132,7 @@ def _read(path: Path) -> tuple[Path, _Content, dict[str, _Call]]:
             f"{file} has no timings of a search by latency; give an export of --drop auto without --cost macs, or "
             "leave out --prices."
         )
-    return file, content, prices["calls"]
+    return file, content, prices
 
 
 def _file(path: Path) -> Path:
@@ -139,6 +147,12 @@ def _file(path: Path) -> Path:
     )
 
 
+def _name(content: _Content) -> str:
+    """Return the name of the model."""
+    model = content["model"]
+    return model if isinstance(model, str) else model["name"]
+
+
 def _differences(
     content: _Content,
     stored: Mapping[str, _Call],
@@ -148,10 +162,8 @@ def _differences(
     designs: Mapping[str, object],
 ) -> Iterator[tuple[str, object, object]]:
     """Yield what differs between the engines that were timed and those of this search, as found and expected."""
-    model = content["model"]
-    earlier = model if isinstance(model, str) else model["name"]
-    if earlier != name:
-        yield "the model", earlier, name
+    if _name(content) != name:
+        yield "the model", _name(content), name
     own = settings.to_dict()
     for key in COMPARED:
         found = content["settings"].get(key)

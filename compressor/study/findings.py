@@ -152,6 +152,9 @@ def _massive(states: Sequence[Row]) -> Iterator[str]:
 
 def _stability(study: Study) -> Iterator[str]:
     stability = study.stability
+    if stability is None and study.samples >= 4 and len(study.sites) >= 3:
+        yield "The stability of the ranking was not computed: the scores of all sites are equal, so they rank none."
+        return
     if stability is None:
         yield (
             f"The stability of the ranking was not computed: {study.samples} samples and {len(study.sites)} sites are "

@@ -18,6 +18,7 @@ Array = npt.NDArray[np.float64]
 
 DRAWS = 200
 SMALLEST = 8
+EQUAL = 1e-7  # difference of cosines that rounding explains; nothing ranks sites by it
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Stability:
 def stability(
     tokens: Array, sums: Array, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Stability | None:
-    """Compare the rankings of many draws; return None for fewer than three sites or four samples.
+    """Compare the rankings of many draws; return None for fewer than three sites or four samples, and for equal scores.
 
     Args:
         tokens: number of tokens of each sample, [sites, samples].
@@ -72,6 +73,8 @@ def stability(
     rng = np.random.default_rng(seed)
     sizes = sizes_below(samples)
     every = means_of(tokens, sums, np.arange(samples)[None])
+    if float(np.ptp(every)) <= EQUAL:
+        return None
     halves = _agreement(*_halves(tokens, sums, rng), samples // 2)
     agreements = []
     for done, size in enumerate(sizes):

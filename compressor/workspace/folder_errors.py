@@ -58,6 +58,8 @@ def resolved_output(path: Path) -> Path:
         resolved = path.resolve()
     except RuntimeError as error:  # of Python before 3.13; later ones return the path, which then cannot be read
         raise FolderError(f"{path} cannot be written (its links form a loop); choose another --output.") from error
+    except ValueError as error:
+        raise FolderError(f"{str(path)!r} cannot be written ({error}); choose another --output.") from error
     if not resolved.name:
         raise FolderError(f"{path} is the root of the file system; choose an --output inside it.")
     return resolved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class _First(TypedDict):
 class _Line(TypedDict):
     key: str
     value: JsonValue
+    sum: str
 
 
 _FIRST: TypeAdapter[Any] = TypeAdapter(_First)
@@ -46,8 +48,9 @@ class Journal:
 
     A new file begins with the first value, so that a search that stops before it leaves none.
 
-    The first line identifies the search (`subject`); a file with another subject is overwritten. An incomplete last
-    line, left by an interrupt, is cut off.
+    The first line identifies the search (`subject`); a file with another subject is overwritten. Every other line has a
+    checksum. An incomplete last line, left by an interrupt, is cut off, and so is all from the first line that is
+    damaged or was edited.
 
     Attributes:
         subject: a text that is equal for searches whose values can be exchanged.
@@ -55,6 +58,7 @@ class Journal:
         found: number of values that were reused from an earlier run.
         resumed: number of values that the file held at the start.
         discarded: number of values of another search that the file held at the start, and that were deleted.
+        damaged: number of lines from the first that is damaged or was edited, which were deleted.
     """
 
     subject: str = ""
@@ -62,6 +66,7 @@ class Journal:
     found: int = 0
     resumed: int = 0
     discarded: int = 0
+    damaged: int = 0
     _values: dict[str, Any] = field(default_factory=dict)
     _earlier: set[str] = field(default_factory=set)
     _new: bool = False
@@ -69,7 +74,7 @@ class Journal:
     def __post_init__(self) -> None:
         if self.path is None:
             return
-        first, values, end = self._read(self.path)
+        first, values, end, self.damaged = self._read(self.path)
         if first == {"subject": self.subject}:
             self._values, self._earlier, self.resumed = values, set(values), len(values)
             with self._writable(), self.path.open("r+b") as file:  # in place, so that a kill here loses no values
@@ -103,18 +108,24 @@ class Journal:
         if self.path is not None:
             first = _line({"subject": self.subject}) if self._new else ""
             with self._writable(), self.path.open("w" if self._new else "a", encoding="utf-8") as file:
-                file.write(first + _line({"key": key, "value": value}))
+                file.write(first + _line({"key": key, "value": value, "sum": _sum(key, value)}))
             self._new = False
 
     def message(self) -> str | None:
         """Return a sentence on what became of the values of an earlier run; None if there were none."""
         if self.resumed:
-            return f"Resumed an interrupted search: {self.resumed} values that it measured are used again."
+            rest = f"; {self.damaged} lines of its journal are damaged or edited, and are measured again"
+            return (
+                f"Resumed an interrupted search: {self.resumed} values that it measured are used again"
+                f"{rest if self.damaged else ''}."
+            )
         if self.discarded:
             return (
-                f"{self.discarded} values of an interrupted search with other settings, model or data were discarded, "
-                "so the search starts anew."
+                f"{self.discarded} values of an interrupted search with another version, other settings, another model "
+                "or other data were discarded, so the search starts anew."
             )
+        if self.damaged:
+            return "The journal of an interrupted search is damaged, or of another version, so the search starts anew."
         return None
 
     @contextlib.contextmanager
@@ -129,23 +140,35 @@ class Journal:
             ) from error
 
     @staticmethod
-    def _read(path: Path) -> tuple[Any, dict[str, Any], int]:
-        """Return the first line, the values by key, and the number of bytes of all lines that are complete."""
+    def _read(path: Path) -> tuple[Any, dict[str, Any], int, int]:
+        """Return the first line, the values by key, the bytes of all lines that can be read, and the number of others.
+
+        An incomplete last line does not count.
+        """
         first: Any = None
         values: dict[str, Any] = {}
-        end = 0
-        try:
-            for line in path.read_bytes().splitlines(keepends=True):
+        end, lines = 0, list[bytes]()
+        with contextlib.suppress(OSError):  # absent
+            lines = path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            try:
                 content = parse(line, _LINE if end else _FIRST)
-                if end:
-                    values[content["key"]] = content["value"]
-                else:
-                    first = content
-                end += len(line)
-        except (OSError, ValueError, KeyError, TypeError):  # absent, another format, or cut short by an interrupt
-            pass
-        return first, values, end
+                if end and content["sum"] != _sum(content["key"], content["value"]):
+                    raise ValueError("an edited line")
+            except (ValueError, KeyError, TypeError):  # damaged, of another format, or cut short by an interrupt
+                return first, values, end, len(lines[number:]) - (not lines[-1].endswith(b"\n"))
+            if end:
+                values[content["key"]] = content["value"]
+            else:
+                first = content
+            end += len(line)
+        return first, values, end, 0
 
 
 def _line(content: dict[str, Any]) -> str:
     return json.dumps(content) + "\n"
+
+
+def _sum(key: str, value: Any) -> str:
+    """Return the checksum of a value, by which an edited or damaged line is found."""
+    return hashlib.blake2b(json.dumps([key, value]).encode(), digest_size=4).hexdigest()

@@ -142,6 +142,30 @@ def check_outside_data(output: Path, *sources: object) -> None:
             )
 
 
+def check_no_input(output: Path, *inputs: object) -> None:
+    """Check that an output does not replace what the command reads, such as the checkpoint that it compresses.
+
+    Args:
+        output: the file or folder that the run writes.
+        inputs: values of MODEL, --data and the like; those that name no file or folder are ignored.
+
+    Raises:
+        FolderError: it is one of them, or holds one.
+    """
+    resolved = resolved_output(output)
+    for each in inputs:
+        if not isinstance(each, (str, Path)):
+            continue
+        with contextlib.suppress(
+            OSError, ValueError, RuntimeError
+        ):  # no path, such as a URL or a name that is too long
+            if Path(each).exists() and Path(each).resolve().is_relative_to(resolved):
+                break
+    else:
+        return
+    raise FolderError(f"{output} is or holds {each}, which this command reads; choose another --output.")
+
+
 def listed_file(folder: Path, name: str, digests: Mapping[str, str]) -> Path:
     """Return the path of a file in a checked folder.
 
@@ -168,9 +192,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     try:
         return read_json(folder / MANIFEST, _SCHEMA, remedy=COPY_AGAIN)["files"]
     except (FileNotFoundError, JsonFileError) as error:
+        if not folder.exists():
+            raise FolderError(f"there is no folder {folder}; check the path.") from error
         reason = "" if isinstance(error, FileNotFoundError) else f": {str(error).rstrip('.')}"
         raise FolderError(
-            f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}{reason}."
+            f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}{reason}; give the folder of "
+            "an export."
         ) from error
 
 

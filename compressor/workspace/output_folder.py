@@ -14,6 +14,7 @@ from compressor.workspace.add_files import exchange
 from compressor.workspace.folder_errors import readable_errors, resolved_output
 from compressor.workspace.manifest import (
     MANIFEST,
+    check_no_input,
     check_outside,
     check_outside_data,
     digest_of,
@@ -39,6 +40,7 @@ __all__ = [
     "MANIFEST",
     "FolderError",
     "check_file",
+    "check_no_input",
     "check_outside",
     "check_outside_data",
     "check_writable",

@@ -11,7 +11,7 @@ over all unpadded tokens of all samples:
 
 A sample with an ``attention_mask`` counts as text. A block ends with the complete sum of its last site, so the output
 of a post-norm block (BERT) is taken before its last norm. States are compared in float32, as LLM-Drop does, and summed
-in float64.
+in float64. A token whose x or y is zero has no direction, so no cosine, angle or relative update; it is left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ MATRIX = 2  # number of axes of a matrix
 class Moments:
     """Float64 sums: cosine similarity and relative update norm over `tokens`, angular distance over `ends`.
 
-    `tokens` and `ends` are counts. `ends` counts the last tokens of texts, or all tokens of other inputs.
+    `tokens` and `ends` are counts. `ends` counts the last tokens of texts, or all tokens of other inputs. `zeros`
+    counts the tokens that are left out, because a state is zero there.
     """
 
     tokens: int = 0
@@ -53,6 +54,7 @@ class Moments:
     cosine: float = 0.0
     angular: float = 0.0
     update: float = 0.0
+    zeros: int = 0
 
     def __add__(self, other: Moments) -> Moments:
         """Return the moments of the tokens of both."""
@@ -62,6 +64,7 @@ class Moments:
             self.cosine + other.cosine,
             self.angular + other.angular,
             self.update + other.update,
+            self.zeros + other.zeros,
         )
 
     def mean(self, name: str) -> float:
@@ -171,18 +174,30 @@ class Score:
         """Run the graph once over `data` and add up the statistics of each batch.
 
         Raises:
-            PassError: there is no data or no site, or values are not finite; the message names the first such site.
+            PassError: there is no data or no site, or values are not finite, or a state is zero at all tokens; the
+                message names the first such site.
         """
         sites = find_sites(graph)
         if not sites:
             raise PassError("the graph has no residual site, so there is nothing to score.")
         sweep = _Sweep(graph, sites)
         if self.room is None:
-            return sum_over_batches(sweep.batch, data, "Score")
+            return _compared(sum_over_batches(sweep.batch, data, "Score"))
         parts = sweep.in_sections(data or (), self.room)
         if (first := next(parts, None)) is None:
             raise PassError("Score got no batches of data.")
-        return sum(parts, start=first)
+        return _compared(sum(parts, start=first))
+
+
+def _compared(scores: Scores) -> Scores:
+    """Return the scores; raise if a site has none, because its trunk is zero."""
+    absent = next((name for name, moments in scores.sites.items() if moments.zeros and not moments.tokens), None)
+    if absent is not None:
+        raise PassError(
+            f"the trunk before or after {absent} is zero at every token of the calibration data, so it has no cosine; "
+            "check the weights and the data, or name branches with --drop."
+        )
+    return scores
 
 
 class _Sweep:
@@ -282,11 +297,11 @@ class _Sweep:
             states = [self._state(values, index) for index in members]
             mask = self._mask(self.states[members[0]], record)
             rows = [rows_of(value, dim, mask) for value, dim in states]
-            sums[pair], angles[pair] = _pair_sums(rows)
-            tokens[pair] = ends[pair] = float(len(rows[0]))
+            sums[pair], angles[pair], tokens[pair] = _pair_sums(rows)
+            ends[pair] = tokens[pair]
             if mask is not None:
                 last = [_end_rows(value, dim, mask) for value, dim in states]
-                angles[pair], ends[pair] = _pair_sums(last)[1], float(len(last[0]))
+                _, angles[pair], ends[pair] = _pair_sums(last)
         return sums, tokens, angles, ends
 
     def _same_shape(self, values: dict[fx.Node, Any]) -> list[list[int]]:
@@ -349,24 +364,39 @@ def _moments(
             f"site {name} computes values that are NaN or infinite on the calibration data; "
             "check the weights and the preprocessing."
         )
-    at_ends = cosine
+    known = have_directions(x, y)
+    at_ends = cosine = cosine[known]
     if mask is not None:
         x, y = _end_rows(before, channel_dim, mask), _end_rows(after, channel_dim, mask)
-        at_ends = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
+        at_ends = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()[have_directions(x, y)]
     angular = torch.arccos(at_ends.clamp(-1.0, 1.0)) / math.pi
-    return Moments(len(cosine), len(at_ends), float(cosine.sum()), float(angular.sum()), float(update.sum()))
+    sums = float(cosine.sum()), float(angular.sum()), float(update[known].sum())
+    return Moments(len(cosine), len(at_ends), *sums, zeros=len(known) - len(cosine))
 
 
-def _pair_sums(states: list[torch.Tensor], chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return sums over rows of the cosine and of arccos / pi for each pair of states [tokens, width]."""
+def have_directions(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return at which tokens neither of two states [..., width] is zero, bool [...]."""
+    known: torch.Tensor = (x.norm(dim=-1) > 0) & (y.norm(dim=-1) > 0)
+    return known
+
+
+def _pair_sums(states: list[torch.Tensor], chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return sums over rows of the cosine and of arccos / pi for each pair of states [tokens, width], and their counts.
+
+    Rows at which one of the two states is zero do not count.
+    """
     count = len(states)
-    cosines, angles = torch.zeros(2, count, count, dtype=torch.float64, device=states[0].device)
+    cosines, angles, counts = torch.zeros(3, count, count, dtype=torch.float64, device=states[0].device)
     for start in range(0, len(states[0]), chunk):  # stacking all tokens of all states at once would double the memory
         rows = torch.stack([state[start : start + chunk] for state in states], dim=1)
+        known = (rows.norm(dim=-1) > 0).double()
         unit = torch.nn.functional.normalize(rows, dim=-1)
         products = unit @ unit.transpose(1, 2)
         cosines += products.sum(0, dtype=torch.float64)
-        angles += torch.arccos(products.clamp_(-1.0, 1.0)).sum(0, dtype=torch.float64)
-    return cosines, (angles / math.pi).fill_diagonal_(
-        0.0
-    )  # rounding errors would give a state a distance of 1e-4 to itself
+        counts += known.T @ known
+        arcs = torch.arccos(products.clamp_(-1.0, 1.0))
+        if not known.all():
+            arcs = torch.where(known[:, :, None] * known[:, None, :] > 0, arcs, 0.0)
+        angles += arcs.sum(0, dtype=torch.float64)
+    # Rounding errors would give a state a distance of 1e-4 to itself.
+    return cosines, (angles / math.pi).fill_diagonal_(0.0), counts

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.analysis.redundancy import MASK
+from passes.analysis.redundancy import MASK, have_directions
 from passes.analysis.token_axis import data_dependent_nodes, leading_constants
 from passes.base import PassError, sum_over_batches
 from passes.execute.interpreter import Program
@@ -219,6 +219,7 @@ class _Sweep:
         present = kind >= 0
         if not (torch.isfinite(cosine[present]).all() and torch.isfinite(update[present]).all()):
             raise PassError(f"site {site.name} computes values that are NaN or infinite on the calibration data.")
+        present = present & have_directions(x, y)
         ones = torch.ones_like(cosine)
         by_position = _summed([ones, cosine, update], positions[present], present, int(positions.max()) + 1)
         by_kind = _summed([ones, cosine, update, size.double()], kind[present], present, len(self.names))

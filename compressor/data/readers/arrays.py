@@ -12,6 +12,7 @@ from PIL import Image
 from compressor.data.readers.base import TOO_LARGE, Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
 from compressor.data.readers.decode_image import MODES
 from compressor.data.readers.images import pictures
+from compressor.data.readers.token_targets import IGNORED
 from compressor.data.sample_cache import digest
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -26,6 +27,12 @@ LABELS_OF_ROWS: dict[str, LabelKind] = {
     "image-segmentation": "pixels",
 }
 IGNORED_PIXEL = 255  # label of pixels that are not scored
+# Axes and values of labels with several numbers per sample.
+AXES_OF_ROWS: dict[LabelKind, tuple[tuple[str, ...], str]] = {
+    "labels": (("N", "labels"), "0 or 1 for each label of the model"),
+    "token classes": (("N", "tokens"), f"class numbers from 0, and {IGNORED} for tokens that are not scored"),
+    "pixels": (("N", "height", "width"), f"class numbers from 0, and {IGNORED_PIXEL} for pixels that are not scored"),
+}
 CHUNK = 2**22  # values that are checked at a time; 16 MB of float32
 FILLED = {"attention_mask": 1, "token_type_ids": 0}  # values that a tokenizer returns for rows without padding
 
@@ -45,7 +52,7 @@ def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Sam
     samples = _samples(arrays, name, preprocess, task)
     if labels is None or samples.label_kind == "tokens":
         return samples
-    return _labelled(samples, labels, name, preprocess, task)
+    return _labelled(samples, labels, arrays[preprocess.inputs[0]], name, preprocess, task)
 
 
 def _load_arrays(path: Path, name: str) -> dict[str, Array]:
@@ -257,10 +264,12 @@ def _check_finite(array: Array, name: str) -> None:
             raise DataError(f"{name} holds NaN or infinite values (first in row {row}); expected finite model inputs")
 
 
-def _labelled(samples: Samples, labels: Array, name: str, preprocess: Preprocess, task: str) -> Samples:
+def _labelled(samples: Samples, labels: Array, first: Array, name: str, preprocess: Preprocess, task: str) -> Samples:
+    """Return samples with their labels; `first` is the array of the first input."""
     count = len(samples.ids)
     kind_of_rows = LABELS_OF_ROWS.get(task) or LABELS_OF_ROWS.get(preprocess.problem_type or "")
     if kind_of_rows is not None and labels.ndim > 1:
+        _check_rows(labels, kind_of_rows, name, first.shape if preprocess.kind == "text" else None)
         return _with_rows(samples, labels, kind_of_rows, name)
     values = labels.reshape(-1) if labels.size == len(labels) else labels
     if values.shape != (count,):
@@ -279,6 +288,34 @@ def _labelled(samples: Samples, labels: Array, name: str, preprocess: Preprocess
         reading=f"{samples.reading} with {kind} labels",
         class_names=tuple(map(str, np.unique(_text(values, name)))) if named else None,
     )
+
+
+def _check_rows(labels: Array, kind: LabelKind, name: str, tokens: tuple[int, ...] | None) -> None:
+    """Check the axes of labels with several numbers for each sample, and that none is below the first class.
+
+    Args:
+        labels: the labels.
+        kind: their kind.
+        name: name of the file in messages.
+        tokens: shape of the token ids; None for other inputs.
+
+    Raises:
+        DataError: they have other axes, or a number is no class, although it does not mark what is not scored.
+    """
+    axes, marked = AXES_OF_ROWS[kind]
+    expected = dims(tokens if kind == "token classes" and tokens is not None else axes)
+    if labels.ndim != len(axes) or (kind == "token classes" and labels.shape != (tokens or labels.shape)):
+        raise DataError(f"{name} holds labels of shape {dims(labels.shape)}; expected {expected}")
+    wrong = labels[~_are_values(labels, kind)] if labels.dtype.kind in "iub" else labels[:0]
+    if wrong.size:
+        raise DataError(f"{name} holds the label {wrong.flat[0]}; expected {marked}")
+
+
+def _are_values(labels: Array, kind: LabelKind) -> Array:
+    """Return which labels are classes, or mark what is not scored; bool of the shape of `labels`."""
+    if kind == "labels":
+        return np.asarray((labels >= 0) & (labels <= 1))
+    return np.asarray((labels >= 0) | (labels == IGNORED) if kind == "token classes" else labels >= 0)
 
 
 def _with_rows(samples: Samples, labels: Array, kind: LabelKind, name: str) -> Samples:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.data.label_sets import sets_of_lists
-from compressor.data.readers.base import Samples, Skipped
+from compressor.data.readers.base import TOO_LARGE, Samples, Skipped
 from compressor.data.readers.tables import TEXTS, Table, column_name, table_samples
 from compressor.data.readers.texts import text_of, tokens
 from compressor.data.readers.token_targets import IGNORED, answer_spans, spans_of, word_classes
@@ -146,21 +146,22 @@ def _numbered(rows: Sequence[Sequence[object]], name: str, preprocess: Preproces
         DataError: tags are not among the names of the model, or are negative numbers.
     """
     names = preprocess.class_names
-    numbers: dict[object, int] = {}
-    for tag in {tag for row in rows for tag in row}:
+    distinct = {repr(tag): tag for row in rows for tag in row}  # by text, as a list or an object cannot be a key
+    numbers: dict[str, int] = {}
+    for text, tag in distinct.items():
         found = names.numbers(tag) if names is not None and isinstance(tag, str) else ()
         if len(found) == 1:
-            numbers[tag] = found[0]
-        elif isinstance(tag, int) and (tag >= 0 or tag == IGNORED):
-            numbers[tag] = tag
-    unknown = sorted({str(tag) for row in rows for tag in row if tag not in numbers})
+            numbers[text] = found[0]
+        elif type(tag) is int and (0 <= tag < TOO_LARGE or tag == IGNORED):
+            numbers[text] = tag
+    unknown = sorted(str(tag) for text, tag in distinct.items() if text not in numbers)
     if unknown:
         known = "none" if names is None else ", ".join(names.known(UNKNOWN))
         raise DataError(
             f"{name} holds tags that the model does not name ({', '.join(unknown[:UNKNOWN])}; the model's are {known}, "
             "...); use the names in id2label of its config, or class numbers"
         )
-    return [[numbers[tag] for tag in row] for row in rows]
+    return [[numbers[repr(tag)] for tag in row] for row in rows]
 
 
 def _questions(records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess) -> Samples:

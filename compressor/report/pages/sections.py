@@ -184,17 +184,32 @@ def scores(content: Json) -> Section | None:
     rank = _rank_correlation([row["cosine"] for row in rows], [row["effect"] for row in rows])
     text = (
         "The score is the cosine similarity of a branch's input and output. The effect is the divergence of the "
-        f"model's output when only that branch is dropped. Their rank correlation is {rank:+.2f}; a value of −1 means "
-        "that the scores predict the order of the effects exactly."
+        f"model's output when only that branch is dropped. {_prediction(rank)}"
     )
     chart = Chart(scatter(rows), f"Measured effect against score of {len(rows)} branches.", "One mark per branch.")
     return Section("Score and measured effect", [Prose(text), chart])
 
 
-def _rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; ties are ranked in their order."""
-    first, second = (np.argsort(np.argsort(np.asarray(side))).astype(np.float64) for side in (left, right))
-    return float(np.corrcoef(first, second)[0, 1])
+def _prediction(rank: float | None) -> str:
+    if rank is None:
+        return "All scores or all effects are equal, so they have no rank correlation."
+    return (
+        f"Their rank correlation is {rank:+.2f}; a value of −1 means that the scores predict the order of the effects "
+        "exactly."
+    )
+
+
+def _rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation; ties have their mean rank. None if all values of a side are equal."""
+    if min(np.ptp(left), np.ptp(right)) == 0.0:
+        return None
+    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    mean_ranks = np.cumsum(counts) - (counts - 1) / 2
+    return np.asarray(mean_ranks[place], dtype=np.float64)
 
 
 def states(content: Json) -> Section | None:

@@ -186,7 +186,9 @@ def _norms(sites: Sequence[Row], states: Sequence[Row]) -> Iterator[Section]:
 def _stability(study: Study) -> Iterator[Section]:
     stability = study.stability
     if stability is None:
-        yield Section("Stability of the ranking", [Prose("Not computed: too few samples or branches.")])
+        yield Section(
+            "Stability of the ranking", [Prose("Not computed: too few samples or branches, or equal scores.")]
+        )
         return
     rows = [
         [

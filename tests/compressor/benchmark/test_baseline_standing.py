@@ -43,6 +43,17 @@ def test_an_uncertain_baseline_is_said() -> None:
     assert sentence.endswith("so it is not certain to be better than chance; use more samples.")
 
 
+def test_scores_that_judge_no_model_are_said() -> None:
+    """A correlation with equal scores is not 0, but not defined."""
+    columns = {"out": {"prediction": np.arange(20.0), "gold": np.full(20, 2.5)}}
+    (sentence,) = check_baseline(Evaluation("rank_correlation", columns, outputs=1), "out", (), "pairs.csv")
+    assert sentence == (
+        "pairs.csv has the score 2.5 for all 20 samples that were compared, with which nothing correlates and than "
+        "which no model is better, so losses against out mean nothing; correct its labels, or give the data without "
+        "them."
+    )
+
+
 def test_metrics_that_compare_with_the_baseline_have_no_chance() -> None:
     columns = {"out": {"agreement": np.zeros(100)}}
     assert list(check_baseline(Evaluation("agreement", columns, outputs=10), "out", (), "x")) == []

@@ -35,19 +35,30 @@ from tests.onnx_files import mlp
 pytest.importorskip("onnxruntime", reason="the target of these exports")
 
 FACTORY = f"{Path(__file__).stem}:small"
+SIX, LITTLE = f"{Path(__file__).stem}:of_six_classes", f"{Path(__file__).stem}:of_small_images"
 ONE = BuildOptions(threads=1)
 
 
-def small() -> tuple[torch.nn.Module, torch.Tensor]:
+def small(classes: int = 4, size: int = 16) -> tuple[torch.nn.Module, torch.Tensor]:
     """Build a model for ``module:factory``: three blocks with branches of significant effect, images of 16 tokens."""
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
+    sizes = {"img_size": size, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": classes}
     module = timm.create_model("vit_tiny_patch16_224", **sizes)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return module.eval(), torch.zeros(2, 3, 16, 16)
+    return module.eval(), torch.zeros(2, 3, size, size)
+
+
+def of_six_classes() -> tuple[torch.nn.Module, torch.Tensor]:
+    """Build such a model of six classes."""
+    return small(classes=6)
+
+
+def of_small_images() -> tuple[torch.nn.Module, torch.Tensor]:
+    """Build such a model for images of 8 x 8 pixels."""
+    return small(size=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -295,11 +306,19 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
         (["OUT"], {"threads": (2, 2)}, SettingsError, "threads is 2,2"),
         (["OUT"], {"threads": (10**6,)}, SettingsError, "threads is 1000000; expected integers of at most 4,096"),
         (["OUT"], {"output": "ROOM"}, SettingsError, "is a folder; expected a file"),
+        (["OUT"], {"data": "NOISE", "output": "NOISE"}, CompressorError, "noise.npy, which this command reads; choose"),
         (["OUT"], {"output": "/dev/null"}, CompressorError, "/dev/null is a device, but a file is written there"),
         (["OUT"], {"model": FACTORY, "target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
         (["OUT"], {"model": "nowhere_at_all:x"}, CompressorError, "could not be called"),
         (["BROKEN"], {}, CompressorError, "it has no valid manifest.json"),
         (["vit_basse_patch16_224"], {"data": "random"}, CompressorError, "did you mean vit_base"),
+        (
+            [FACTORY, SIX],
+            {"data": "NOISE"},
+            CompressorError,
+            "test_bench:of_six_classes (eager) gives 6 values for each",
+        ),
+        (["OUT/model.onnx"], {"model": LITTLE, "data": "EIGHT"}, RuntimesError, "model.onnx: Input 'x': found shape"),
         (["OUT/model.onnx"], {"model": "SAMPLE", "data": "DIGITS"}, CompressorError, "x to output, but sample maps"),
     ],
 )
@@ -320,7 +339,12 @@ def test_bad_input_is_reported_in_one_sentence_and_writes_no_files(
         "BROKEN": str(tmp_path / "broken"),
         "SAMPLE": str(models.SAMPLE),
         "DIGITS": str(models.SAMPLE / "digits.npz"),
+        "NOISE": str(tmp_path / "noise.npy"),
+        "EIGHT": str(tmp_path / "eight.npy"),
     }
+    for name, size in (("noise", 16), ("eight", 8)):
+        pixels = np.random.default_rng(0).random((12, 3, size, size), dtype=np.float32)
+        np.save(tmp_path / f"{name}.npy", pixels)
 
     def filled(text: Any) -> Any:
         for name, path in paths.items():

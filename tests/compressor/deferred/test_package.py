@@ -411,8 +411,13 @@ def test_the_page_is_rewritten_with_the_figures_of_the_device(folder):
 def test_errors_on_the_device_are_one_sentence(tmp_path):
     done = on_device("build", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (f"Error: {tmp_path} is not a folder that Compressor wrote: it has no valid manifest.json.\n")
+    assert done.stderr == (
+        f"Error: {tmp_path} is not a folder that Compressor wrote: it has no valid manifest.json; give the folder of "
+        "an export.\n"
+    )
     assert done.stderr.count("\n") == 1
+    missing = on_device("build", tmp_path / "none")
+    assert missing.stderr == f"Error: there is no folder {tmp_path / 'none'}; check the path.\n"
 
 
 KILLED = """

@@ -39,7 +39,7 @@ from compressor.report.pareto_report import ParetoFront
 from compressor.report.report import Report
 from compressor.search.planner import Choice
 from compressor.settings import Settings
-from compressor.workspace.output_folder import copy_onnx
+from compressor.workspace.output_folder import copy_onnx, write_manifest
 from passes.analysis.counted_cost import Costs
 from passes.base import PassError, apply
 from passes.graph.graph import Graph
@@ -426,6 +426,17 @@ def test_a_failed_sweep_leaves_only_its_journal(
     assert [path.name for path in tmp_path.iterdir()] == [".front.journal"]
 
 
+@pytest.mark.parametrize("command", [compressor.export, compressor.sweep])
+def test_a_model_is_not_replaced_by_its_own_export(command: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder)
+    with pytest.raises(CompressorError, match=r"is or holds .*, which this command reads; choose another --output"):
+        command(folder, data=DIGITS, output=folder, force=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json"]
+
+
 def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
     report = compressor.export(**labelled, cost="macs", max_loss=30.0, output=tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -435,6 +446,7 @@ def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, 
     assert all(step["loss"] <= 30.0 for step in search["steps"])
     alone = {"run": {"times": 1, "shapes": {"x": [1, 8]}, "timings": {}}}
     prices = {"unit": "multiply-adds", "source": None, "timings": {}, "largest_error": 0.0, "calls": alone}
+    assert len(search["prices"].pop("sites")) == 16
     assert search["prices"] == prices
     assert search["predicted_speedup"] > 1.0
     assert set(content["quality"]["label_free"]) == {"agreement", "divergence"}

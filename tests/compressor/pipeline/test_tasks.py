@@ -374,6 +374,22 @@ def test_heads_that_are_not_known_are_refused(tmp_path):
     [
         ("BertForQuestionAnswering", {}, "texts.txt", "needs a question and a context"),
         ("BertForTokenClassification", names(TAGS), "wrong.jsonl", "tags that the model does not name (B-LOC"),
+        ("BertForTokenClassification", names(TAGS), "nested.jsonl", "tags that the model does not name (['O']"),
+        ("BertForTokenClassification", names(TAGS), "huge.jsonl", f"tags that the model does not name ({10**30};"),
+        ("BertForTokenClassification", names(TAGS), "true.jsonl", "tags that the model does not name (True;"),
+        (
+            "BertForTokenClassification",
+            names(TAGS),
+            "minus.npz",
+            "holds the label -1; expected class numbers from 0, a",
+        ),
+        ("BertForTokenClassification", names(TAGS), "longer.npz", "labels of shape [12, 7]; expected [12, 6]"),
+        (
+            "BertForSequenceClassification",
+            {"problem_type": "multi_label_classification", **names(NAMES)},
+            "twos.npz",
+            "holds the label 2; expected 0 or 1 for each label of the model",
+        ),
         ("BertForSequenceClassification", names(NAMES), "sets.jsonl", "predicts one class; pass --problem-type"),
         (
             "BertForSequenceClassification",
@@ -387,7 +403,12 @@ def test_data_that_does_not_fit_the_head_is_refused(head, options, data, sentenc
     bert(tmp_path / "m", head, **options)
     (tmp_path / "texts.txt").write_text("\n".join(texts()))
     write_lines(tmp_path / "wrong.jsonl", [{"tokens": ["w5", "w6"], "ner_tags": ["O", "B-LOC"]}] * 6)
+    for name, tag in (("nested", ["O"]), ("huge", 10**30), ("true", True)):
+        write_lines(tmp_path / f"{name}.jsonl", [{"tokens": ["w5", "w6"], "ner_tags": ["O", tag]}] * 6)
     ids = np.random.default_rng(0).integers(5, 40, (12, 6))
+    np.savez(tmp_path / "minus.npz", input_ids=ids, labels=ids % 2 - 1)
+    np.savez(tmp_path / "longer.npz", input_ids=ids, labels=np.zeros((12, 7), dtype=int))
+    np.savez(tmp_path / "twos.npz", input_ids=ids, labels=ids[:, :4] % 3)
     np.savez(tmp_path / "narrow.npz", input_ids=ids, labels=np.eye(3, dtype=int)[np.arange(12) % 3])
     write_lines(tmp_path / "sets.jsonl", [{"text": text, "labels": ["toxic", "threat"]} for text in texts(12)])
     with pytest.raises(CompressorError) as caught:

@@ -88,6 +88,45 @@ def test_a_guess_among_all_tokens_is_chance() -> None:
         chance.check_measured("perplexity", {"nll": tokens * math.log(60), "tokens": tokens}, 50, "m", "t.txt")
 
 
+NUMBERS = np.random.default_rng(0).random(20)
+UNSCORED = {"tokens": np.zeros(20), "accuracy": np.zeros(20)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "columns", "sentence"),
+    [
+        ("spearman", {"cosine": NUMBERS, "gold": np.full(20, 3.0)}, "has the score 3 for all 20 samples that were"),
+        ("rank_correlation", {"prediction": NUMBERS, "gold": np.zeros(20)}, "has the score 0 for all 20 samples that"),
+        ("mae", {"error": NUMBERS, "gold": np.full(20, 1.5)}, "has the score 1.5 for all 20 samples that were"),
+        ("mae", {"error": np.full(20, 1e-8), "gold": NUMBERS}, "has the model's own outputs as scores, up to an"),
+        ("mae", {"error": np.zeros(20), "gold": NUMBERS}, "and a loss relative to an error of 0 is not defined, so no"),
+        ("token_accuracy", UNSCORED, "marks everything in the 20 samples that were compared as not scored, so no"),
+        ("mean_iou", {"both 0": np.zeros(20), "union 0": np.zeros(20)}, "marks everything in the 20 samples that"),
+    ],
+)
+def test_labels_that_judge_no_model_are_refused_as_such(
+    metric: str, columns: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]], sentence: str
+) -> None:
+    """They once passed as a correlation of 0, as scores on another scale or as labels of another model."""
+    with pytest.raises(ChanceError) as stop:
+        chance.check_measured(metric, columns, 3, "m", "x.csv")
+    assert str(stop.value).startswith("x.csv ")
+    assert sentence in str(stop.value)
+    assert str(stop.value).endswith("to compare the result with the original.")
+
+
+def test_a_few_equal_scores_are_chance() -> None:
+    assert not standing("spearman", {"cosine": NUMBERS[:5], "gold": np.full(5, 3.0)}, 1).no_better
+
+
+def test_test_samples_of_one_score_are_a_limitation() -> None:
+    samples = dataclasses.replace(digits()[1].test.samples, labels=np.array([1.0, 2.0, 3.0, 3.0, 3.0]))
+    decision, test = Split("decision", samples, (0, 1, 2)), Split("test", samples, (2, 3, 4))
+    (limitation,) = chance.constant_scores("spearman", [decision, test])
+    assert limitation.reason.startswith("all 3 test samples have the score 3, with which nothing correlates")
+    assert list(chance.constant_scores("accuracy", [test])) == []
+
+
 # ------------------------------------------------------------------------------------------------------ a trained model
 
 

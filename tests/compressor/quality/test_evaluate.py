@@ -461,6 +461,18 @@ def test_evaluation_error_names_the_model_with_nan():
         )
 
 
+def test_models_of_other_classes_are_not_compared():
+    """It ended in an IndexError of NumPy, or of torch for logits of another vocabulary."""
+    runners = {"first": lambda feeds: normal(4, 3), "second": lambda feeds: normal(4, 5)}
+    split = SimpleNamespace(bounded_batches=lambda size: [batch({})])
+    with pytest.raises(EvaluationError) as stop:
+        evaluate(split, runners, head=head_for("image-classification"), metric="agreement", reference="first")
+    assert str(stop.value) == (
+        "second gives 5 values for each sample, and first 3, so they cannot be compared; give models of the same "
+        "classes or the same vocabulary."
+    )
+
+
 def test_join_and_runner():
     assert join([{"a": np.array([1, 2])}, {"a": np.array([3])}])["a"].tolist() == [1, 2, 3]
     model = SimpleNamespace(outputs=("first", "second"), evaluated_in=lambda outputs: outputs[1])

@@ -1,5 +1,6 @@
 """Evidence in the report: scores of the sites, and the number of tokens that enter each site."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,15 @@ import torch
 
 from compressor.data.readers.base import Samples
 from compressor.data.splits import Split
-from compressor.search.site_evidence import SAMPLES, evidence, nested, scores_for_report, tokens_left
+from compressor.search.site_evidence import (
+    SAMPLES,
+    evidence,
+    nested,
+    of_zeros,
+    scores_for_report,
+    tokens_left,
+    zeros_of,
+)
 from passes.analysis.redundancy import Score
 from passes.base import apply
 from passes.execute.interpreter import Program
@@ -48,6 +57,20 @@ def test_evidence_is_empty_without_measurements(subject):
     assert evidence(subject[1], None, {}) == {}
     assert "similarity" not in evidence(subject[1], None, {"a": 1.0})
     assert nested([[math.nan, 1.0]]) == [[None, 1.0]]
+
+
+def test_tokens_that_scores_leave_out_are_a_limitation(subject):
+    graph, sites, split = subject
+    scores = scores_for_report(graph, split)
+    assert zeros_of(scores) == {}
+    assert list(of_zeros({})) == []
+    first, second, *_ = scores.sites
+    blank = {name: dataclasses.replace(scores.sites[name], zeros=5 + (name == second)) for name in (first, second)}
+    found = dataclasses.replace(scores, sites={**scores.sites, **blank})
+    content = evidence(sites, found, {})
+    assert content["zeros"] == {first: 5, second: 6}
+    (limitation,) = of_zeros(content["zeros"])
+    assert limitation.reason.startswith(f"6 tokens at {second} and up to as many at 1 others are left out of cosines")
 
 
 def test_there_are_no_scores_if_a_state_is_not_finite(subject):

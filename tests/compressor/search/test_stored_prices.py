@@ -20,6 +20,7 @@ CONTENT = {
     "search": {
         "prices": {
             "unit": "ms",
+            "sites": "a" * 16,
             "calls": {
                 "prompt": {
                     "times": 1,
@@ -45,7 +46,7 @@ def written(folder, change=lambda content: None, name="report.json"):
 
 
 def timings(path, **changed):
-    given = {"name": "sample", "settings": SETTINGS, "calls": CALLS, "designs": DESIGNS} | changed
+    given = {"name": "sample", "sites": "a" * 16, "settings": SETTINGS, "calls": CALLS, "designs": DESIGNS} | changed
     return stored_timings(path, *given.values())
 
 
@@ -65,6 +66,7 @@ def test_a_sweep_names_its_model_alone(tmp_path):
     ("changed", "words"),
     [
         ({"name": "other"}, "the model sample, but this search needs the model other"),
+        ({"sites": "b" * 16}, "are those of another model named sample, with other branches or widths; give a"),
         ({"settings": Settings(batch=8, threads=1)}, "--batch 2, but this search needs --batch 8"),
         ({"settings": Settings(batch=2)}, "--threads 1, but this search needs --threads None"),
         ({"settings": Settings(batch=2, threads=1, target="openvino")}, "--target onnxruntime, but"),

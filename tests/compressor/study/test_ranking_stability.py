@@ -27,6 +27,14 @@ def test_a_stable_ranking_has_correlations_of_one():
     assert (result.top, result.kept) == (SITES // 4, 1.0)
 
 
+def test_equal_scores_rank_nothing():
+    """Branches of zeros have a cosine of 1 each; a correlation of 0 was stated for them, with an interval."""
+    tokens, equal = np.full((SITES, SAMPLES), 10.0), np.full((SITES, SAMPLES), 10.0)
+    assert stability(tokens, equal) is None
+    assert stability(tokens, equal + 1e-9 * np.arange(SITES)[:, None]) is None
+    assert stability(tokens, equal - 1e-4 * np.arange(SITES)[:, None]) is not None
+
+
 def test_an_arbitrary_ranking_has_low_correlations():
     result = stability(*sums(spread=0.0, noise=0.1))
     # Disjoint halves of one sample of noise are anticorrelated.

@@ -94,6 +94,26 @@ def test_the_page_has_every_section_and_every_branch(digits):
     assert len(study_page.sections[-1].parts[0].rows) == 24
 
 
+def test_branches_of_zeros_have_no_ranking():
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            for inner in self.inner:
+                torch.nn.init.zeros_(inner.weight)
+                torch.nn.init.zeros_(inner.bias)
+
+        def forward(self, x):
+            for inner in self.inner:
+                x = x + inner(x)
+            return x
+
+    study = compressor.inspect(Idle(), example_inputs=torch.zeros(2, 8), data="random", samples=16, study=True).study
+    content = json.loads(study.to_json())
+    assert content["stability"] is None
+    assert any("the scores of all sites are equal, so they rank none" in line for line in content["summary"])
+
+
 def test_a_model_with_few_findings_is_studied_too():
     """Study states of one position and of different widths, on too few samples for draws."""
 

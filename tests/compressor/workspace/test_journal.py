@@ -122,8 +122,34 @@ def test_what_became_of_an_interrupted_run_is_said(tmp_path):
     assert again.message() == "Resumed an interrupted search: 3 values that it measured are used again."
     other = Journal("another", tmp_path / "j")
     assert (other.resumed, other.discarded) == (0, 3)
-    assert other.message().startswith("3 values of an interrupted search with other settings, model or data were disc")
+    assert other.message() == (
+        "3 values of an interrupted search with another version, other settings, another model or other data were "
+        "discarded, so the search starts anew."
+    )
     assert Journal().message() is None
+
+
+@pytest.mark.parametrize("new", ["0.25", '"a text"', "[1, 2]", "null"])
+def test_an_edited_value_and_those_after_it_are_measured_again(tmp_path, new):
+    """It once passed as measured, or ended in a traceback where a search took it apart."""
+    path = tmp_path / "j"
+    filled(path)
+    path.write_text(path.read_text().replace(f'"value": {1 / 3}', f'"value": {new}'))
+    again = Journal("s", path)
+    assert [again.knows(f"key {number}") for number in range(3)] == [True, False, False]
+    assert again.message() == (
+        "Resumed an interrupted search: 1 values that it measured are used again; 2 lines of its journal are damaged "
+        "or edited, and are measured again."
+    )
+    again.note("key 1", 1 / 3)
+    assert Journal("s", path).damaged == 0
+
+
+def test_a_damaged_first_line_is_said(tmp_path):
+    path = tmp_path / "j"
+    filled(path)
+    path.write_bytes(b"\0" * 10 + path.read_bytes()[10:])
+    assert Journal("s", path).message().endswith("is damaged, or of another version, so the search starts anew.")
 
 
 def test_opening_a_journal_only_cuts_off_its_incomplete_line(tmp_path):
@@ -142,7 +168,7 @@ def test_a_disk_that_is_full_while_a_value_is_noted_is_one_sentence(tmp_path):
 import resource
 from compressor.workspace.journal import Journal
 journal = Journal("s", __import__("pathlib").Path({str(tmp_path / "j")!r}))
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+resource.setrlimit(resource.RLIMIT_FSIZE, (140, 140))
 try:
     for number in range(100):
         journal.note(f"key {{number}}", 0.5)
@@ -152,12 +178,14 @@ except Exception as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"FolderError a file of {tmp_path / 'j'} is larger than its disk or this process may")
     again = Journal("s", tmp_path / "j")
-    assert again.resumed == len(again) == 2  # 17 bytes of the first line and 30 of each value: two are within 100 bytes
+    assert again.resumed == len(again) == 2  # 17 bytes of the first line and 49 of each value: two are within 140 bytes
 
 
 def test_every_line_is_json(tmp_path):
     filled(tmp_path / "j", count=2)
     lines = [json.loads(line) for line in (tmp_path / "j").read_text(encoding="utf-8").splitlines()]
+    for line in lines[1:]:
+        assert len(line.pop("sum")) == 8
     assert lines == [{"subject": "s"}, {"key": "key 0", "value": 0.0}, {"key": "key 1", "value": 1 / 3}]
 
 

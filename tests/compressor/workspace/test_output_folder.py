@@ -14,6 +14,7 @@ from compressor.workspace.folder_errors import readable_errors
 from compressor.workspace.manifest import check_folder
 from compressor.workspace.output_folder import (
     FolderError,
+    check_no_input,
     check_outside,
     check_outside_data,
     check_writable,
@@ -165,6 +166,30 @@ def test_nothing_is_written_into_a_folder_of_samples(tmp_path: Path) -> None:
         check_outside_data(tmp_path / "photos" / "x", str(tmp_path / "link"))
     check_outside_data(tmp_path / "out", tmp_path / "photos", tmp_path / "texts.txt", "owner/name", "random")
     check_outside_data(tmp_path / "photos-out", tmp_path / "photos")
+
+
+def test_what_a_command_reads_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --force, an exported checkpoint was replaced by its own export, and `bench` wrote over its data."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "checkpoint")
+    (tmp_path / "rows.npz").write_text("a")
+    (tmp_path / "link").symlink_to("checkpoint")
+    for output, inputs in (
+        ("checkpoint", ("checkpoint", None)),
+        ("link", (Path("checkpoint"), None)),
+        ("rows.npz", ("owner/name", tmp_path / "rows.npz")),
+        ("checkpoint", ("checkpoint/a.txt",)),
+    ):
+        (tmp_path / "checkpoint" / "a.txt").touch()
+        with pytest.raises(FolderError, match=r"is or holds .*, which this command reads; choose another --output\."):
+            check_no_input(Path(output), *inputs)
+    check_no_input(Path("checkpoint/inner"), "checkpoint", "rows.npz", None, object(), "a" * 5000, "https://x/y")
+    check_no_input(Path("checkpoint2"), "checkpoint")
+
+
+def test_a_nul_byte_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"cannot be written \(embedded null byte\)"):
+        make(tmp_path / "a\0b")
 
 
 def test_links_that_form_a_loop_are_refused(tmp_path: Path) -> None:

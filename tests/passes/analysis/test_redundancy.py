@@ -275,6 +275,35 @@ def test_data_is_read_lazily_and_freed():
     assert max(alive) <= 1
 
 
+# --------------------------------------------------------------------------------------------------------- zero states
+
+
+@functools.cache
+def residual():
+    """Return a traced model of two branches on vectors, whose trunk is zero where its input is."""
+    return trace(models.load(samples.Residual(2), example_inputs=torch.rand(2, 32)))
+
+
+def test_tokens_without_a_direction_are_left_out():
+    """Their cosine was 0, and their relative update 1e12, which decided on the means of all tokens."""
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(9, 32)
+    padded[[0, 2, 3, 5, 6, 8]] = rows
+    expected, found = (scored(residual(), {"x": each}) for each in (rows, padded))
+    first, second = found.sites
+    assert found.sites[first] == dataclasses.replace(expected.sites[first], zeros=3)
+    # A later state is the bias where the input is zero, so it has a direction; pairs with the first state have none.
+    assert (found.sites[second].zeros, found.sites[second].tokens) == (0, 9)
+    assert found.tokens.tolist() == [[6.0, 6.0, 6.0], [6.0, 9.0, 9.0], [6.0, 9.0, 9.0]]
+    torch.testing.assert_close(found.similarity_matrix()[0], expected.similarity_matrix()[0])
+    torch.testing.assert_close(found.angular_matrix()[0], expected.angular_matrix()[0])
+
+
+def test_a_trunk_that_is_zero_everywhere_has_no_score():
+    with pytest.raises(PassError, match=r"the trunk before or after inner\.0\.other is zero at every token"):
+        scored(residual(), {"x": torch.zeros(4, 32)})
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

@@ -179,6 +179,14 @@ def test_grids_have_no_leading_tokens():
         assert changes.kinds[0, 2] > 0
 
 
+def test_tokens_without_a_direction_are_left_out():
+    graph = trace(models.load(samples.Residual(2), example_inputs=torch.rand(2, 32)))
+    rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([rows, torch.zeros(3, 32)])
+    (expected, *_), (found, *_) = (studied(graph, {"x": each}).sites.values() for each in (rows, padded))
+    torch.testing.assert_close(found.kinds, expected.kinds)
+
+
 def test_non_finite_values_and_no_data_raise(rotating):
     graph, sites = rotating
     with pytest.raises(PassError, match=rf"site {sites[0].name} computes values that are NaN or infinite"):

@@ -11,12 +11,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import compressor
 from compressor.measure import latency as engine_timing
 from compressor.report.pages.export_page import html, page, previews_in
 from compressor.report.pages.html_page import Chart, Gallery, Table
-from compressor.report.pages.sections import _example, _rank_correlation
+from compressor.report.pages.sections import _example, _rank_correlation, scores
 from runtimes.base.timing import interleave
 from tests.browser import browser, opened
 from tests.compressor.benchmark.test_bench import small
@@ -345,6 +346,18 @@ def test_texts_are_read_from_a_page_like_images(content):
 def test_the_rank_correlation_compares_ranks_only():
     assert _rank_correlation([1.0, 2.0, 3.0, 4.0], [8.0, 4.0, 2.0, 1.0]) == pytest.approx(-1.0, abs=1e-12)
     assert _rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 10.0, 100.0, 1e6]) == pytest.approx(1.0, abs=1e-12)
+    left, right = [1.0, 1.0, 2.0, 3.0, 3.0, 3.0], [5.0, 4.0, 4.0, 2.0, 2.0, 9.0]
+    assert _rank_correlation(left, right) == pytest.approx(stats.spearmanr(left, right).statistic, abs=1e-12)
+
+
+def test_equal_scores_or_effects_have_no_rank_correlation(content):
+    """Branches of zeros, in their order, were said to correlate with their effects by +1.00."""
+    assert _rank_correlation([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]) is None
+    equal = copy.deepcopy(content)
+    for row in equal["evidence"]["sites"].values():
+        row["effect"] = 0.0
+    (text, _) = scores(equal).parts
+    assert text.text.endswith("All scores or all effects are equal, so they have no rank correlation.")
 
 
 def test_the_file_is_listed_and_small(folder):
