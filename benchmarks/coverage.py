@@ -54,7 +54,8 @@ HEADS = (
     "",
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
-TIED = ("dfine", "deim", "ppdoclayout")  # classes whose small random convolutions give all candidates one score
+# Classes whose small random convolutions give all candidates one score, or depths of 1e-8.
+TIED = ("dfine", "deim", "ppdoclayout", "promptdepth")
 GENERATION = "text-generation"  # of texts alone, by the class itself
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
