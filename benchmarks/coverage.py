@@ -54,7 +54,8 @@ HEADS = (
     "",
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
-TIED = ("dfine", "deim", "ppdoclayout")  # classes whose small random convolutions give all candidates one score
+# Classes whose small random convolutions give all candidates one score, or depths of 1e-8.
+TIED = ("dfine", "deim", "ppdoclayout", "promptdepth")
 GENERATION = "text-generation"  # of texts alone, by the class itself
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
@@ -184,7 +185,7 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
         return refusal(error)
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
-    if subject.model.inputs == ("pixel_values", "image_grid_thw"):
+    if subject.model.inputs[0] == "pixel_values" and len(subject.model.inputs) > 1:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
     if "image_grid_thw" in subject.model.inputs or "image_sizes" in subject.model.inputs:
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
@@ -262,28 +263,45 @@ def compared_with_varying_images(module: Any, path: Path, model: Any) -> dict[st
 
 
 def compared_alone(module: Any, path: Path, model: Any) -> dict[str, Any]:
-    """Compare the file of a vision encoder with its class, on three images of the example's two sizes."""
+    """Compare the file of a vision model whose images vary in size with its class, on three images of two sizes."""
     import onnxruntime
-    import torch
-
-    from compressor.models.pretrained.patches import features_of, grid_argument
-    from compressor.models.vision_language.patch_grids import without_padding
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rows = {name: each[[1, 0, 1]] for name, each in model.preprocess.example.items()}
     (value,) = session.run([model.answer], rows)
     found: dict[str, Any] = {"inputs": list(rows), "difference": 0.0}
-    pixels, grids = map(torch.from_numpy, rows.values())
-    with torch.inference_mode():
-        own = module(without_padding(pixels, grids), **{str(grid_argument(module)): grids})
-    expected = features_of(own)[1].numpy()
-    merged = pixels.shape[1] // value.shape[1]
-    counts = (grids.prod(1) // merged).tolist()
-    kept = np.concatenate([row[:count] for row, count in zip(value, counts, strict=True)])
+    expected, counts = _of_images(module, rows, model.answer, value.shape[1])
+    kept = value if counts is None else np.concatenate([row[:size] for row, size in zip(value, counts, strict=True)])
     found["difference"] = float(np.abs(kept - expected).max() / np.abs(expected).max().clip(1e-6))
     if not found["difference"] <= CLOSE:
         return found | {"outcome": "fault", "detail": f"differs from transformers by {found['difference']:.1e}"}
     return found | {"outcome": "passes", "detail": ""}
+
+
+def _of_images(
+    module: Any, rows: dict[str, np.ndarray], answer: str, longest: int
+) -> tuple[np.ndarray, list[int] | None]:
+    """Return the output of a vision model for images in rows, and how many features of each row count; None for all.
+
+    The features of all images stand behind each other where the model has no axis of rows.
+    """
+    import torch
+
+    from compressor.models.pretrained.patches import features_of, grid_argument
+    from compressor.models.vision_language.padded_rows import own_states
+    from compressor.models.vision_language.patch_grids import without_padding
+
+    tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
+    with torch.inference_mode():
+        if "image_sizes" in rows:
+            counts = (rows["image_sizes"] // module.config.patch_size).prod(1).tolist()
+            return own_states(module, tensors).numpy(), counts
+        if "image_grid_thw" not in rows:
+            return module(**tensors)[answer].numpy(), None
+        pixels, grids = tensors.values()
+        own = module(without_padding(pixels, grids), **{str(grid_argument(module)): grids})
+    merged = pixels.shape[1] // longest
+    return features_of(own)[1].numpy(), (grids.prod(1) // merged).tolist()
 
 
 def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequence[int]) -> float:

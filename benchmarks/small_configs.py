@@ -28,13 +28,16 @@ REDUCED = {
 SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DEPTHS = ("depths", "num_layers", "layers", "block_sizes", "n_attn_blocks")
-WIDTHS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths")
-HEADS = ("num_attention_heads", "num_heads", "attention_heads")
+WIDTHS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths", "embed_dim_per_stage")
+HEADS = ("num_attention_heads", "num_heads", "attention_heads", "num_attention_heads_per_stage")
 KINDS = ("layer_types", "layers_block_type", "block_types")  # a kind for each layer
 TIED = ("stage_out_channels", "stem_out_channels", "num_groups")  # fields that widths of stages must fit
 STAGED_SIDE = 64  # pixels of an image for a model whose stages halve it
 HALVES = 4  # rotary frequencies of a head that are divided among time, height and width
-KEPT = ("out_features", "out_indices", "reshape_hidden_states", "apply_layernorm")  # what a backbone hands out
+GROWING = [16, 32, 64, 128]  # widths of stages that pool where the width grows
+# What a backbone hands out.
+KEPT = ("out_features", "out_indices", "reshape_hidden_states", "apply_layernorm", "return_class_token")
+TILE = 56  # pixels of a tile of Depth Pro: a quarter of a side of the images, 224, if a config has no size
 
 
 def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
@@ -75,6 +78,8 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["deepstack_visual_indexes"] = [0, 1]
     if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions
         fields["attention_types"] = [[["global", "local"], 1]]
+    _fit_convolutions(values, fields)
+    _fit_classes(default, values, fields)
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if getattr(part, "model_type", None) == "timm_backbone":
@@ -87,8 +92,36 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
     return fields
 
 
+def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Keep widths that convolutions share, as their fields state them twice."""
+    if "width_coefficient" in values and "hidden_dim" in values:  # EfficientNet: that of its smallest checkpoint
+        fields |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+    if "embed_dim_per_stage" in fields:  # the Hiera of SAM 2, whose first stage has the width of the patches
+        fields |= {"hidden_size": GROWING[0], "embed_dim_per_stage": GROWING, "image_size": [256, 256]}
+        fields |= {"blocks_per_stage": [1, 1, 2, 1], "global_attention_blocks": [3]}
+    if "backbone_channel_list" in values:  # its widths from the last stage to the first
+        fields["backbone_channel_list"] = GROWING[::-1]
+    if "scaled_images_ratios" in values:  # Depth Pro
+        fields |= {"patch_size": TILE, "merge_padding_value": 1, "fusion_hidden_size": 32}
+        fields["intermediate_hook_ids"] = [0] * len(values["intermediate_hook_ids"])
+        for name in ("intermediate_feature_dims", "scaled_images_feature_dims"):
+            fields[name] = [32] * len(values[name])
+    if "post_process_channels" in values:  # CHMv2
+        fields |= {"post_process_channels": GROWING, "fusion_hidden_size": 32, "head_hidden_size": 32}
+
+
+def _fit_classes(default: Any, values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """State what checkpoints state for each class of objects."""
+    if "class_thresholds" in values and values["class_thresholds"] is None:  # PP-DocLayoutV2
+        fields["class_thresholds"] = [0.5] * default.num_labels
+        fields["class_order"] = list(range(default.num_labels))
+
+
 def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
-    """Keep the width of images the same, or the same multiple, where a vision encoder hands it on."""
+    """Keep sizes the same, or the same multiple, where one part hands them on to another."""
+    for name, part in fields.items():
+        if name.endswith("_model_config") and "scaled_images_ratios" in values:
+            part["image_size"] = fields["patch_size"]
     vision, text = (fields.get(name, {}) for name in ("vision_config", "text_config"))
     wide = [(values.get(name) or {}).get("hidden_size") for name in ("vision_config", "text_config")]
     if None in wide or "hidden_size" not in vision or "hidden_size" not in text:

@@ -22,6 +22,7 @@ KINDS = {
     "fails on every shape": "needs other inputs than sound or a time series",
     "does not compute features of": "needs other inputs than images",
     "cannot be told apart by their caches": "is an encoder-decoder without the caches of transformers",
+    "fails on its example inputs": "needs other inputs than images",
     "could not be traced": "cannot be traced by torch.export",
     "cannot be written as ONNX": "has an operator without an ONNX form",
     "KV cache": "keeps a cache of another kind than keys and values",

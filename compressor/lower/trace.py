@@ -13,6 +13,8 @@ from compressor.errors import CompressorError
 from compressor.internals.transformers import with_names
 from compressor.lower.size_guards import SizeGuard, size_guards
 from compressor.lower.unsupported_operators import unsupported_operator
+from compressor.models.base import first_line
+from compressor.models.text.probe import calling
 from compressor.models.text.recurrence import as_operators
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
@@ -159,7 +161,16 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 
 def _explain(model: Model, error: Exception) -> str:
-    """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
+    """Return one sentence with the reason of torch.export, the line of the user's code and a remedy.
+
+    A model that fails without torch.export too is told so.
+    """
+    if (failure := _failure(model)) is not None:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in model.example.items())
+        return (
+            f"{model.name} ({type(model.module).__name__}) fails on its example inputs, {shapes} ({failure}); check "
+            "its config, or pass it as a module of your own, package.module:factory, with example inputs."
+        )
     reason = _reason(model, str(error)) or type(error).__name__
     if "_apply()" in reason:  # torch.nn.Module._apply, of .half(), .to() and others
         return (
@@ -181,6 +192,16 @@ def _explain(model: Model, error: Exception) -> str:
         f"{model.name} could not be traced by torch.export ({reason}); Compressor needs a forward pass without "
         f"branches on tensor values that works at any batch size{other}."
     )
+
+
+def _failure(model: Model) -> str | None:
+    """Return why a model fails on its example inputs; None if it does not."""
+    try:
+        with calling(model.module):
+            model.call(model.module, *(model.example[name] for name in model.inputs))
+    except Exception as error:  # modules raise errors of all kinds
+        return first_line(error)
+    return None
 
 
 def _axis(model: Model, text: str) -> str:

@@ -111,7 +111,7 @@ class Preprocess:
         video: converts the `clip` frames of a clip, PIL images, to float32 [frames, channels, height, width]; None
             without a video processor.
         clip: number of frames of a clip.
-        varying: axis of each input, besides the first, whose size varies from batch to batch.
+        varying: axes of each input, besides the first, whose sizes vary from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
         padded: number of tokens to which every text is padded; None for the longest text of the batch.
         template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
@@ -158,7 +158,7 @@ class Preprocess:
     frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None
     video: Callable[[Sequence[Image.Image]], npt.NDArray[np.float32]] | None = None
     clip: int = 0
-    varying: Mapping[str, int] = field(default_factory=dict)
+    varying: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decoder: DecoderSide | None = None
     padded: int | None = None
     template: str = ""

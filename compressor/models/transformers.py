@@ -29,6 +29,7 @@ from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.video.inputs import takes_videos
 from compressor.models.vision_language import parts as vision_language
+from compressor.models.vision_language.padded_rows import padded_rows
 from compressor.models.weights.config_checks import check_counts, check_parameters, damaged_labels
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
@@ -346,6 +347,8 @@ def _wrapped(loaded: Loaded) -> Model:
         return text.wrap(loaded)
     if patches.grid_argument(loaded.module) is not None:
         return patches.wrap(loaded)
+    if (padded := padded_rows(loaded.module)) is not None:
+        return patches.wrap_padded(loaded, padded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):

@@ -30,6 +30,7 @@ PIXELS = "pixel_values"
 # Frames, height and width of each image in patches; Qwen2-VL's own files have the shorter name in transformers.js.
 GRID, SHORT_GRID = "image_grid_thw", "grid_thw"
 SIZES = "image_sizes"  # height and width of each image in pixels, before it was cut into tiles
+SHAPES = "spatial_shapes"  # height and width of each image in patches
 # Values at which the graph of a whole model is cut; in the files, the embeddings of tokens are inputs_embeds too.
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
 FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside the others, and its entry

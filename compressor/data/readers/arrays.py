@@ -237,9 +237,9 @@ def _default_array(key: str, first: Array, name: str) -> Array:
 
 def _check_model_input(array: Array, key: str, name: str, preprocess: Preprocess) -> None:
     example = preprocess.example[key]
-    expected = _fixed_axes(example.shape, preprocess.varying.get(key))
+    expected = _fixed_axes(example.shape, preprocess.varying.get(key, ()))
     same = array.dtype.kind == example.dtype.kind or (array.dtype.kind in "iub" and example.dtype.kind in "iub")
-    if not same or _fixed_axes(array.shape, preprocess.varying.get(key)) != expected:
+    if not same or _fixed_axes(array.shape, preprocess.varying.get(key, ())) != expected:
         raw = " or raw uint8 or uint16 images [N, H, W] or [N, H, W, C]" if preprocess.kind == "image" else ""
         raise DataError(
             f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected {example.dtype} "
@@ -249,9 +249,9 @@ def _check_model_input(array: Array, key: str, name: str, preprocess: Preprocess
         _check_finite(array, name)
 
 
-def _fixed_axes(shape: Sequence[int], varying: int | None) -> tuple[int | str, ...]:
-    """Return the sizes of a sample, with T for the axis that may have any."""
-    return tuple("T" if axis == varying else size for axis, size in enumerate(shape) if axis)
+def _fixed_axes(shape: Sequence[int], varying: tuple[int, ...]) -> tuple[int | str, ...]:
+    """Return the sizes of a sample, with T for each axis that may have any."""
+    return tuple("T" if axis in varying else size for axis, size in enumerate(shape) if axis)
 
 
 def _check_finite(array: Array, name: str) -> None:

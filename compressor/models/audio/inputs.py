@@ -46,8 +46,7 @@ class SoundInputs:
     def preprocess(self, frames: Callable[[Sequence[int]], Array] | None) -> Preprocess:
         """Return the preprocessing of clips; `frames` counts the frames of the output, see `Preprocess`."""
         arrays = {name: value.numpy() for name, value in self.example.items()}
-        varying = {name: next((axis for axis in axes if axis), 0) for name, axes in self.axes.items()}
-        varying = {name: axis for name, axis in varying.items() if axis}
+        varying = {name: tuple(axis for axis in axes if axis) for name, axes in self.axes.items()}
         found = self.features
         if found is None:
             return Preprocess(self.names, "tensor" if SERIES in self.names else "audio", arrays, varying=varying)

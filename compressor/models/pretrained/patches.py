@@ -1,4 +1,4 @@
-"""Vision encoders alone that take images as grids of patches, such as those of Qwen2.5-VL and GLM-4V."""
+"""Vision models alone whose images vary in size: grids of patches (Qwen2.5-VL), padded patches (SigLIP 2) or pixels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
-from compressor.models.pretrained.processors import save
+from compressor.models.pretrained.processors import image_processor, save
+from compressor.models.pretrained.signature import HIDDEN, Signature, other_features, signature_of, with_own_output
 from compressor.models.vision_language.padded_grids import has_windows, padded_grids
+from compressor.models.vision_language.padded_rows import PaddedPatches, PaddedTower
 from compressor.models.vision_language.patch_grids import STACKED, in_rows, shaped
 from runtimes.base.vision_language import GRID, PIXELS, SHORT_GRID
 
-POOLED, HIDDEN = "pooler_output", "last_hidden_state"
+POOLED = "pooler_output"
+ARRAYS = Limitation(
+    "preprocessing", "the data must be arrays of patches or pixels and the sizes of images, as the image processor has"
+)
 
 
 def grid_argument(module: Any) -> str | None:
@@ -55,9 +60,37 @@ def wrap(loaded: Loaded) -> Model:
         answer=names[0],
         example=example,
         dynamic_axes=images.dynamic_axes,
-        preprocess=Preprocess(inputs, "tensor", as_numpy(example), varying={PIXELS: 1}),
+        preprocess=Preprocess(inputs, "tensor", as_numpy(example), varying={PIXELS: (1,)}),
         save=partial(save, module, None, {}),
         limitations=tuple(_limitations(module)),
+    )
+
+
+def wrap_padded(loaded: Loaded, images: PaddedPatches | PaddedTower) -> Model:
+    """Return a model whose images are padded, with their sizes.
+
+    Raises:
+        ModelError: the module fails on images of two sizes.
+    """
+    module, axes, example = loaded.module, images.dynamic_axes, images.example()
+    inputs = tuple(axes)
+    if isinstance(images, PaddedTower):
+        signature = Signature((HIDDEN,), HIDDEN, images.states)
+    else:
+        signature = with_own_output(signature_of(loaded.task, inputs), module, example)
+    varying = {name: tuple(axis for axis in sizes if axis) for name, sizes in axes.items()}
+    return Model(
+        **loaded.fields,
+        call=signature.call,
+        inputs=inputs,
+        outputs=signature.outputs,
+        answer=signature.answer,
+        example=example,
+        dynamic_axes=axes,
+        preprocess=Preprocess(inputs, "tensor", as_numpy(example), varying=varying),
+        save=partial(save, module, image_processor(loaded.location, loaded.options), {}),
+        limitations=(ARRAYS, *other_features(signature)),
+        class_names=loaded.class_names,
     )
 
 

@@ -362,19 +362,35 @@ def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
 
 
 def _argument(module: Any, entry: str, layers: list[State]) -> str:
-    """Return the keyword argument for the cache: the one for which the returned cache is longer by the new token."""
+    """Return the keyword argument for the cache: the one for which the returned cache is longer by the new token.
+
+    Raises:
+        NoCacheError: there is none, or the module takes only one token with a cache, as ProphetNet does; a graph takes
+            any number.
+    """
     names, refusals = tuple(dict.fromkeys((entry, *CACHE_NAMES))), []
     for name in names:
-        inputs = text(1) | {"attention_mask": torch.ones(1, TOKENS + 1, dtype=torch.int64)}
         try:
-            output = module(**inputs, **{name: _cache(iter(layers))}, use_cache=True)
+            output = _continued(module, name, layers, 1)
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
-        if _tokens(_states(output_entry(output, entry))) == TOKENS + 1:
-            return name
+        if _tokens(_states(output_entry(output, entry))) != TOKENS + 1:
+            continue
+        try:
+            _continued(module, name, layers, 2)
+        except Exception as error:  # any error of the model's own code
+            raise NoCacheError(f"with a cache it takes no more than one token ({first_line(error)})") from error
+        return name
     reason = f" ({refusals[0]})" if refusals else ""
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")
+
+
+def _continued(module: Any, argument: str, layers: list[State], tokens: int) -> Any:
+    """Return what a module gives for some tokens behind a cache."""
+    mask = torch.ones(1, TOKENS + tokens, dtype=torch.int64)
+    inputs = text(tokens) | {"attention_mask": mask}
+    return module(**inputs, **{argument: _cache(iter(layers))}, use_cache=True)
 
 
 def _tokens(layers: list[State]) -> int:

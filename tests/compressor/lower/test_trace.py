@@ -118,6 +118,27 @@ def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
     assert capfd.readouterr().err == ""  # the partial graph that torch prints is suppressed
 
 
+class Headless(nn.Module):
+    """Fails after it was loaded, as a head of a wrong config does, which loading does not call."""
+
+    loaded = False
+
+    def forward(self, x):
+        if self.loaded:
+            raise KeyError("cls_tokens")
+        return x + 1
+
+
+def test_a_model_that_fails_without_torch_export_is_told_so():
+    model = load(Headless(), 2, 4)
+    model.module.loaded = True
+    with pytest.raises(TraceError, match=r"^Headless \(Headless\) fails on its example inputs, x \[2, 4\]") as caught:
+        trace(model)
+    assert one_sentence(str(caught.value)), str(caught.value)
+    assert "cls_tokens" in str(caught.value)
+    assert "torch.export" not in str(caught.value)
+
+
 def test_a_fixed_batch_is_an_error_in_one_sentence():
     with pytest.raises(TraceError, match="the code fixes axis 0 of input x to 2") as caught:
         trace(load(FixedBatch(), 2, 4))

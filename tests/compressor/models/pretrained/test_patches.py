@@ -1,4 +1,4 @@
-"""Vision encoders alone that take grids of patches: their features are those of their class, for images of any size."""
+"""Vision models alone whose images vary in size: their outputs are those of their class, for images of any size."""
 
 import numpy as np
 import onnxruntime
@@ -12,6 +12,7 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import ModelError
 from compressor.models.pretrained.patches import features_of
+from compressor.models.vision_language.padded_rows import own_states
 from compressor.models.vision_language.patch_grids import without_padding
 from tests.compressor.models.pretrained.test_heads import saved
 from tests.varying_images import PATCH, config
@@ -103,3 +104,70 @@ def test_an_encoder_that_reads_sizes_in_python_is_refused(tmp_path):
         ModelError, match=r"is a Lfm3VlVisionModel, which .* as rows \(.*it reads the sizes of images in"
     ):
         models.load(folder)
+
+
+# Height and width of images in patches, smaller and larger than those that are traced.
+SHAPES = (((5, 3), (4, 4), (2, 6)), ((7, 8), (1, 5)))
+
+
+def session_of(module, folder):
+    """The loaded model and its file, opened."""
+    model = models.load(saved(module, folder))
+    lower(fold_graph(trace(model)), model, folder / "model.onnx")
+    return model, onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["vision tower", "classifier"])
+def test_patches_with_a_mask_are_taken_in_any_number(head, tmp_path):
+    vision = {**SMALL, "patch_size": PATCH, "num_patches": 16}
+    if head:
+        config = transformers.Siglip2Config(vision_config=vision, text_config={"vocab_size": 48, **SMALL})
+        module = transformers.Siglip2ForImageClassification(config).eval()
+    else:
+        module = transformers.AutoModel.from_config(transformers.Siglip2VisionConfig(**vision)).eval()
+    model, session = session_of(module, tmp_path / "m")
+    output = "logits" if head else "last_hidden_state"
+    assert (model.inputs, model.outputs) == (("pixel_values", "pixel_attention_mask", "spatial_shapes"), (output,))
+    for shapes in map(torch.tensor, SHAPES):
+        counts = shapes.prod(1, keepdim=True)
+        mask = (torch.arange(int(counts.max()) + 2) < counts).long()  # some patches are padding in every row
+        pixels = torch.randn(*mask.shape, 3 * PATCH**2, generator=torch.Generator().manual_seed(1))
+        feeds = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        (found,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+        with torch.inference_mode():
+            expected = module(**feeds)[output]
+        assert np.abs(found - expected.numpy()).max() <= CLOSE * expected.abs().max()
+
+
+def pixtral():
+    config = transformers.PixtralVisionConfig(**SMALL, patch_size=PATCH, image_size=16 * PATCH, head_dim=8)
+    return transformers.AutoModel.from_config(config).eval()
+
+
+def test_a_tower_that_joins_images_takes_each_as_a_row(tmp_path):
+    """Pixtral's own forward puts the patches of all images behind each other, in a loop."""
+    module = pixtral()
+    model, session = session_of(module, tmp_path / "m")
+    assert (model.inputs, model.outputs) == (("pixel_values", "image_sizes"), ("last_hidden_state",))
+    for shapes in map(torch.tensor, SHAPES):
+        high, wide = (shapes.amax(0) * PATCH).tolist()
+        pixels = torch.randn(len(shapes), 3, high, wide, generator=torch.Generator().manual_seed(1))
+        feeds = {"pixel_values": pixels, "image_sizes": shapes * PATCH}
+        (found,) = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+        expected = own_states(module, feeds).numpy()
+        counts = shapes.prod(1).tolist()
+        kept = np.concatenate([row[:count] for row, count in zip(found, counts, strict=True)])
+        assert np.abs(kept - expected).max() <= CLOSE * np.abs(expected).max()
+        assert not any(row[count:].any() for row, count in zip(found, counts, strict=True))
+
+
+def test_a_tower_with_another_forward_is_not_taken_for_that_of_pixtral(tmp_path, monkeypatch):
+    forward = transformers.PixtralVisionModel.forward
+    folder = saved(pixtral(), tmp_path / "m")
+
+    def negated(self, pixel_values, image_sizes=None):
+        found = forward(self, pixel_values, image_sizes)
+        return {"last_hidden_state": -found.last_hidden_state}
+
+    monkeypatch.setattr(transformers.PixtralVisionModel, "forward", negated)
+    assert models.load(folder).inputs == ("pixel_values",)

@@ -400,6 +400,15 @@ class Broken(Decoder):
         return {"logits": logits, "cache": cache}
 
 
+class OneByOne(CacheArgument):
+    """Takes single tokens with a cache, as ProphetNet does."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
+        if cache is not None and input_ids.shape[1] > 1:
+            raise ValueError("one at a time")
+        return super().forward(input_ids, attention_mask, cache=cache, use_cache=use_cache)
+
+
 EXAMPLE = {"input_ids": random_ids(2, 7, seed=1), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
 
 
@@ -452,6 +461,7 @@ def test_a_user_defined_decoder_is_traced_with_its_cache(kind):
         (WithoutOption, "has no argument use_cache"),
         (Recurrent, "layer 0 of its cache (SimpleNamespace) has no keys and values"),
         (Broken, "does not accept one as cache or past_key_values (no second call)"),
+        (OneByOne, "with a cache it takes no more than one token (one at a time)"),
     ],
 )
 def test_a_decoder_without_a_detectable_cache_is_rejected(kind, reason):

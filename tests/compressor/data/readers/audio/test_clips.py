@@ -146,7 +146,7 @@ def test_a_table_without_files_and_a_model_without_an_extractor(tmp_path):
 
 
 def test_arrays_of_another_length_are_taken(tmp_path):
-    varying = {"input_values": 1}
+    varying = {"input_values": (1,)}
     example = {"input_values": np.zeros((2, 160), np.float32)}
     preprocess = Preprocess(("input_values",), "audio", example, varying=varying)
     np.save(tmp_path / "x.npy", np.zeros((4, 300), np.float32))
