@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -155,3 +156,18 @@ def test_tokens_behind_attention_of_torch_are_merged(call: Call) -> None:
     apply(ReduceTokens(((site.name, 0.34),)), fork)
     assert run(fork, {"x": example(3)})[0].shape == (3, 3)
     assert any(4 in sizes_of(node) for node in fork.nodes())
+
+
+def test_tokens_of_the_vit_of_torchvision_are_merged() -> None:
+    """Its class token is protected and read by position."""
+    torch.manual_seed(0)
+    module = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=WIDTH, mlp_dim=32, num_classes=3
+    )
+    images = torch.randn(2, 3, 32, 32)
+    graph = trace(models.load(module.eval(), example_inputs=images))
+    first, *others = (site for site in find_sites(graph) if site.kind == "attention")
+    assert len(others) == 1
+    apply(ReduceTokens(((first.name, 0.25),)), graph)
+    assert {13, 17} <= {size for node in graph.nodes() for size in sizes_of(node)[1:2]}
+    assert run(graph, {graph.inputs[0]: images})[0].shape == (2, 3)
