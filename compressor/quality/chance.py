@@ -355,7 +355,10 @@ def _cause(found: Standing, source: str) -> str:
             f"the scores of {source} probably do not rise with similarity; reverse them if a high score means "
             "different, or give the data without scores to compare the result with the original"
         )
-    return f"{source} is probably not text that the model can predict; check the data, the tokenizer and the checkpoint"
+    return (
+        f"{source} is probably not text that the model can predict; check the data, the tokenizer and the checkpoint, "
+        "or give --data random to measure speed alone"
+    )
 
 
 def _not_better(found: Standing) -> Limitation:

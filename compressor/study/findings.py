@@ -172,6 +172,11 @@ def _stability(study: Study) -> Iterator[str]:
 
 def _agreements(study: Study) -> Iterator[str]:
     """Yield a sentence for each other data set compared with the study's own; the JSON and the page list all pairs."""
+    if study.against and not study.agreements:
+        yield (
+            f"The rankings by {', '.join(map(short, study.against))} were not compared: {len(study.sites)} sites are "
+            "too few."
+        )
     for pair in (pair for pair in study.agreements if pair.first == study.data["source"]):
         verdict = "no less than" if pair.alike else "less than"
         kinds = ", ".join(f"{kind} alone {value:.3f}" for kind, value in pair.kinds.items() if len(pair.kinds) > 1)

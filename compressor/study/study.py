@@ -43,6 +43,7 @@ class Study:
     found: Statistics
     stability: Stability | None
     agreements: tuple[DatasetAgreement, ...] = ()
+    against: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the study as plain JSON values, with None for NaN."""
@@ -124,7 +125,8 @@ def study(subject: TracedModel, steps: Steps, *, seed: int = 0, against: Sequenc
     pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
     agreements = tuple(pair for pair in pairs if pair is not None)
     model, count = subject.model, len(own.calibration)
-    return Study(model.name, model.task, own.describe(), count, subject.sites, statistics, stable, agreements)
+    described, others = own.describe(), tuple(data.source for data in against)
+    return Study(model.name, model.task, described, count, subject.sites, statistics, stable, agreements, others)
 
 
 def _measure(subject: TracedModel, data: Data) -> Measure:

@@ -94,6 +94,19 @@ def test_the_page_has_every_section_and_every_branch(digits):
     assert len(study_page.sections[-1].parts[0].rows) == 24
 
 
+def test_other_data_that_cannot_be_compared_is_said():
+    """A ranking of one or two sites has no correlation; --against-data was left out without a word."""
+    study = compressor.inspect(
+        samples.Residual(2),
+        example_inputs=torch.zeros(2, 32),
+        data="random",
+        samples=16,
+        study=True,
+        against_data=["random"],
+    ).study
+    assert "The rankings by random were not compared: 2 sites are too few." in study.summary()
+
+
 def test_branches_of_zeros_have_no_ranking():
     class Idle(torch.nn.Module):
         def __init__(self):
