@@ -135,7 +135,7 @@ def _taken(values: torch.Tensor, indices: torch.Tensor, dim: int | None = None) 
         values, indices, dim = values.flatten(), indices.flatten(), 0
     axis = dim % values.ndim
     pairs = zip(values.shape, indices.shape, strict=True)
-    sizes = [left if isinstance(right, int) and right == 1 else right for left, right in pairs]
+    sizes = [left if str(right) == "1" else right for left, right in pairs]  # a comparison would fix a size
     parts = [each.expand(*sizes[:axis], each.shape[axis], *sizes[axis + 1 :]) for each in (values, indices)]
     return parts[0].gather(axis, parts[1])
 

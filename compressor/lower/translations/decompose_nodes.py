@@ -111,13 +111,14 @@ def _is_chunk_of_a_size(node: fx.Node) -> bool:
     """Return whether a value is cut into a number of parts along an axis of a symbolic size, which is such a split."""
     if node.target is not aten.chunk.default:
         return False
-    values, _, axis = (*node.args, 0)[:3]
-    return not isinstance(value_of(values).shape[axis], int)
+    given: tuple[Any, ...] = (*node.args, 0)
+    return not isinstance(value_of(given[0]).shape[given[2]], int)
 
 
 def _size_of_chunks(node: fx.Node) -> fx.Node:
     """Insert the size of the parts of a chunk: that of the axis divided by their number, rounded up."""
-    values, count, axis = (*node.args, 0)[:3]
+    given: tuple[Any, ...] = (*node.args, 0)
+    values, count, axis = given[:3]
     size = value_of(values).shape[axis]
     with node.graph.inserting_before(node):
         whole = node.graph.call_function(aten.sym_size.int, (values, axis))
