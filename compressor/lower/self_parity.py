@@ -82,18 +82,34 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             f"outside torch: {REMEDY}."
         ) from error
     row = {name: value[:1] for name, value in feeds.items()}
+    compared = feeds
     try:
         check(lambda: torch_outputs(graph, feeds), name="the traced graph")
-        alone = _alone(model, row)  # torch.export assumes batches of at least two rows
+        compared, alone = row, _alone(model, row)  # torch.export assumes batches of at least two rows
         _check_alone(reference, alone, graph, feeds, lambda: torch_outputs(graph, row))
     except ParityError as error:
         raise TracedGraphError(
             f"{model.name} was traced into a graph that computes other outputs than the module "
             f"({error.place or first_line(error)}), expected the same for every batch; a value that depends on the "
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
-            "tensor operators in forward."
+            f"tensor operators in forward{_keeping_the_mask(model, compared)}."
         ) from error
     _check_first_row(reference, alone, model, graph, feeds)
+
+
+def _keeping_the_mask(model: Model, feeds: Mapping[str, torch.Tensor]) -> str:
+    """Return what else to try, for a class of transformers that differs on texts without padding.
+
+    Transformers makes no mask for them where torch computes attention, and AIMv2 then lets tokens attend to later ones;
+    a graph keeps the mask.
+    """
+    mask = feeds.get("attention_mask")
+    if model.source != "transformers" or mask is None or not mask.all():
+        return ""
+    return (
+        ", or, if its class leaves out the mask of texts without padding, write "
+        '"attn_implementation": "eager" into its config.json'
+    )
 
 
 def _check_alone(

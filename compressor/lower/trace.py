@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -91,6 +93,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
             torch.no_grad(),
             as_operators(model.module),
             _symbolic_lengths(model.module),
+            _symbolic_gathers(),
             without_stack_traces(),
         ):
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
@@ -126,6 +129,27 @@ def _symbolic_lengths(module: torch.nn.Module) -> contextlib.AbstractContextMana
         return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
 
     return with_names(module, {"len": length})
+
+
+@contextlib.contextmanager
+def _symbolic_gathers() -> Iterator[None]:
+    """Have torch.take_along_dim keep symbolic sizes; its own code turns all of them into numbers."""
+    with (
+        mock.patch.object(torch, "take_along_dim", _taken),
+        mock.patch.object(torch.Tensor, "take_along_dim", _taken),
+    ):
+        yield
+
+
+def _taken(values: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Return what torch.take_along_dim does, by a gather."""
+    if dim is None:
+        values, indices, dim = values.flatten(), indices.flatten(), 0
+    axis = dim % values.ndim
+    pairs = zip(values.shape, indices.shape, strict=True)
+    sizes = [left if str(right) == "1" else right for left, right in pairs]  # a comparison would fix a size
+    parts = [each.expand(*sizes[:axis], each.shape[axis], *sizes[axis + 1 :]) for each in (values, indices)]
+    return parts[0].gather(axis, parts[1])
 
 
 def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:

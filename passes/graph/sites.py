@@ -142,9 +142,12 @@ class _Finder:
         weights = self._weights(nodes, trunk)
         if not weights:
             return None
+        channel_dim = _channel_dim(trunk, nodes)
+        if not isinstance(value_of(trunk).shape[channel_dim], int):
+            return None  # scores of tokens for tokens, as of ProphetNet with its relative positions, have no features
         region = sum(1 << self.index[node] for node in nodes)
         kind = self._kind(nodes, trunk)
-        return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, _channel_dim(trunk, nodes))
+        return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, channel_dim)
 
     def _region(self, branch: fx.Node, trunk: fx.Node) -> tuple[fx.Node, ...]:
         inside = self.ancestors[self.index[branch]] | (1 << self.index[branch])

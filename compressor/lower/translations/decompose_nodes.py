@@ -59,7 +59,9 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
     if node.target is aten.reshape.default:
         return _copied_and_viewed(node)
     if _is_split_by_a_size(node):
-        return _sliced(node)
+        return _sliced(node, node.args[1])  # type: ignore[arg-type]
+    if _is_chunk_of_a_size(node):
+        return _sliced(node, _size_of_chunks(node))
 
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
@@ -105,10 +107,31 @@ def _is_split_by_a_size(node: fx.Node) -> bool:
     return node.target is aten.split.Tensor and isinstance(node.args[1], fx.Node)
 
 
-def _sliced(node: fx.Node) -> list[fx.Node]:
-    """Insert a slice for each part of a split."""
-    values, size, axis = (*node.args, 0)[:3]
-    assert isinstance(size, fx.Node)
+def _is_chunk_of_a_size(node: fx.Node) -> bool:
+    """Return whether a value is cut into a number of parts along an axis of a symbolic size, which is such a split."""
+    if node.target is not aten.chunk.default:
+        return False
+    given: tuple[Any, ...] = (*node.args, 0)
+    return not isinstance(value_of(given[0]).shape[given[2]], int)
+
+
+def _size_of_chunks(node: fx.Node) -> fx.Node:
+    """Insert the size of the parts of a chunk: that of the axis divided by their number, rounded up."""
+    given: tuple[Any, ...] = (*node.args, 0)
+    values, count, axis = given[:3]
+    size = value_of(values).shape[axis]
+    with node.graph.inserting_before(node):
+        whole = node.graph.call_function(aten.sym_size.int, (values, axis))
+        more = node.graph.call_function(operator.add, (whole, count - 1))
+        part = node.graph.call_function(operator.floordiv, (more, count))
+    for each, value in ((whole, size), (more, size + count - 1), (part, (size + count - 1) // count)):
+        each.meta["val"] = value
+    return part
+
+
+def _sliced(node: fx.Node, size: fx.Node) -> list[fx.Node]:
+    """Insert a slice for each part of a split or a chunk."""
+    values, _, axis = (*node.args, 0)[:3]
     parts = []
     for number, value in enumerate(value_of(node)):
         with node.graph.inserting_before(node):

@@ -15,9 +15,15 @@ from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import image_processor, save
-from compressor.models.pretrained.signature import other_features, other_inputs, signature_of, with_own_output
+from compressor.models.pretrained.signature import (
+    OUTPUTS,
+    other_features,
+    other_inputs,
+    signature_of,
+    with_own_output,
+)
 
-INPUT = "pixel_values"
+INPUT, FEATURES = "pixel_values", "image-feature-extraction"
 NO_BOXES = Limitation(
     "quality of the boxes", "not stated: agreement with the original compares the classes of its object queries"
 )
@@ -31,9 +37,14 @@ def wrap(loaded: Loaded) -> Model:
     processor = image_processor(loaded.location, loaded.options)
     chosen = sized(module, signature.call, processor, loaded.image_size, loaded.location)
     signature = with_own_output(signature, module, chosen.sizing.prepared(channels_of(module)))
-    boxes = [NO_BOXES] if loaded.task == "object-detection" else []
+    task, found = loaded.task, list[Limitation]()
+    if len(OUTPUTS.get(task, ())) > len(signature.outputs):
+        task = FEATURES
+        found.append(Limitation("task", f"the head for {loaded.task} returns {signature.answer} alone, as features"))
+    elif task == "object-detection":
+        found.append(NO_BOXES)
     return Model(
-        **loaded.fields,
+        **(loaded.fields | {"task": task}),
         call=chosen.call,
         inputs=(INPUT,),
         outputs=signature.outputs,
@@ -46,7 +57,7 @@ def wrap(loaded: Loaded) -> Model:
         interpolates=chosen.interpolates,
         limitations=(
             *image_limitations(module, chosen),
-            *boxes,
+            *found,
             *other_features(signature),
             *other_inputs(module, (INPUT,)),
         ),

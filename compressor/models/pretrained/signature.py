@@ -66,7 +66,8 @@ def signature_of(task: str, inputs: tuple[str, ...]) -> Signature:
 def with_own_output(signature: Signature, module: Any, values: Mapping[str, torch.Tensor]) -> Signature:
     """Return the signature of a module whose output has no hidden states, such as the pooled output of DPR.
 
-    Its output is the first tensor of floats that the module returns, see `_features`.
+    Its output is the first tensor of floats that the module returns, see `_features`. That of a head whose class
+    returns hidden states in place of the outputs of its task are these, see `_head_outputs`.
 
     Args:
         signature: the signature of the module's task.
@@ -77,7 +78,7 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         ModelError: the module fails on these inputs alone, or returns no features.
     """
     if signature.outputs != (HIDDEN,):
-        return signature
+        return Signature((HIDDEN,), HIDDEN, signature.call) if _is_renamed(signature, module, values) else signature
     try:
         with torch.no_grad():
             name, _ = _own_output(module(**values, **without_cache(module)))
@@ -87,6 +88,17 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
             f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
         ) from error
     return Signature((name,), name, signature.call)
+
+
+def _is_renamed(signature: Signature, module: Any, values: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a module returns hidden states in place of several outputs of its task, such as boxes."""
+    if len(signature.outputs) < 2:
+        return False
+    try:
+        with torch.no_grad():
+            return len(signature.call(module, *values.values())) == 1
+    except Exception:  # modules raise errors of all kinds; it is told when the model is traced
+        return False
 
 
 def other_features(signature: Signature) -> Iterator[Limitation]:
@@ -118,7 +130,15 @@ def _features(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> t
 def _head_outputs(
     module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], names: tuple[str, ...], extra: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of a head by their names.
+
+    The classifiers and the text detectors of PaddleOCR return their only result under the name of hidden states: logits
+    [rows, classes], or a map in place of several outputs.
+    """
     returned = module(**dict(zip(inputs, tensors, strict=True)), **extra)
+    renamed = HIDDEN in returned and not any(name in returned for name in names)
+    if renamed and (len(names) > 1 or returned[HIDDEN].shape[1:] == (getattr(module.config, "num_labels", None),)):
+        return (returned[HIDDEN],)
     return tuple(returned[name] for name in names)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from compressor import models
+from compressor.internals.transformers import quiet
 from compressor.lower.self_parity import BatchError, RandomModelError, TracedGraphError, check_self_parity
 from compressor.lower.trace import trace
 from compressor.models import Model
@@ -133,6 +137,27 @@ def test_a_branch_on_a_batch_of_one_is_refused() -> None:
     model = loaded(OneRow())
     with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row 0, channel \d"):
         check_self_parity(model, trace(model), ROWS)
+
+
+def test_a_class_that_leaves_its_mask_out_is_refused_with_what_keeps_it(tmp_path: Path) -> None:
+    """The texts of AIMv2 are not causal without padding, unless it computes attention itself."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.Aimv2TextConfig(vocab_size=40, eos_token_id=2, initializer_range=0.3, **sizes)
+    with quiet():
+        torch.manual_seed(0)
+        transformers.Aimv2TextModel(config).save_pretrained(tmp_path / "m")
+
+    def check() -> None:
+        model = models.load(str(tmp_path / "m"))
+        ids = torch.arange(5, 29).reshape(3, 8)
+        check_self_parity(model, trace(model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    advice = 'write "attn_implementation": "eager" into its config.json'
+    with pytest.raises(TracedGraphError, match=advice):
+        check()
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}))
+    check()
 
 
 class Centred(Branch):

@@ -74,6 +74,23 @@ def test_the_length_of_a_tensor_is_dynamic():
     torch.testing.assert_close(run(graph, {"x": x})[0], x)
 
 
+class Sorted(nn.Module):
+    """Orders values by others, as PP-DocLayoutV2 orders its boxes."""
+
+    def forward(self, x):
+        order = x.sum(-1).argsort(1)
+        rows = torch.take_along_dim(x, order[..., None], dim=1)
+        first = x[:1].take_along_dim(order[..., :2, None], 1)
+        return rows + first.sum(1, keepdim=True) + torch.take_along_dim(x, order[:, :1, None]).sum()
+
+
+def test_values_are_taken_by_indices_for_any_batch():
+    graph = trace(load(Sorted(), 2, 4, 3))
+    for rows in (1, 3):
+        x = torch.rand(rows, 4, 3)
+        torch.testing.assert_close(run(graph, {"x": x})[0], Sorted()(x))
+
+
 @pytest.mark.parametrize("name", ["vit", "swinv2", "hf_vit", "hf_bert", "hf_llama"])
 def test_the_batch_is_dynamic(name):
     model, graph, _ = traced(name)

@@ -299,3 +299,21 @@ def test_feature_axis_of_a_channels_first_trunk():
 
     sites = find_sites(trace(models.load(Conv(), example_inputs=torch.rand(2, 3, 4, 5))))
     assert [(site.kind, site.channel_dim, site.width) for site in sites] == [("conv", 1, 6), ("mlp", 1, 6)]
+
+
+def test_scores_whose_last_axis_varies_are_no_site():
+    """ProphetNet adds a function of scores to them; the width of such a site would fix the number of tokens."""
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.weight = nn.Linear(3, 4), nn.Parameter(torch.rand(1))
+
+        def forward(self, x):
+            scores = self.stem(x).transpose(0, 1)  # [4, rows]
+            return (scores + torch.tanh(scores * self.weight)).transpose(0, 1)
+
+    graph = trace(models.load(Scores(), example_inputs=torch.rand(2, 3)))
+    assert find_sites(graph) == ()
+    rows = graph.placeholders()[0].meta["val"].shape[0]
+    assert not str(rows).isdecimal()

@@ -73,6 +73,28 @@ def test_a_split_by_the_number_of_rows_is_sliced(tmp_path):
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Stages()(x).numpy(), rtol=1e-6)
 
 
+class Streams(torch.nn.Module):
+    """Cuts what it joined along the batch into a number of parts, as ProphetNet does along its tokens."""
+
+    def forward(self, x):
+        first, second, third = torch.cat([x, x * 2, x + 3]).chunk(3, dim=0)
+        return first * second + third
+
+
+def test_a_chunk_of_a_dynamic_axis_is_sliced(tmp_path):
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    model = load(Streams(), example_inputs=torch.randn(2, 4))
+    program = exported_program(trace(model))
+    assert decompose_nodes(program, lambda target: target is not aten.chunk.default, {})
+    assert not {aten.chunk.default, aten.split.Tensor} & targets(program)
+    program.graph.lint()
+    session = ort.InferenceSession(lower(trace(model), model, tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for rows in (1, 3, 5):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(program.module()(x)[0], Streams()(x), rtol=0, atol=0)
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], Streams()(x).numpy(), rtol=1e-6)
+
+
 class Loop(torch.nn.Module):
     """Has a subgraph of its own, which cannot be decomposed as a node."""
 

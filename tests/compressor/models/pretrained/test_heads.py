@@ -12,6 +12,7 @@ from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import ModelError
+from passes.execute.interpreter import run
 
 CLOSE = 1e-5
 TEXTS = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -200,6 +201,39 @@ def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
 
 
 def test_what_a_module_needs_besides_is_named(tmp_path):
-    config = transformers.Siglip2VisionConfig(patch_size=8, num_patches=4, **IMAGES)
-    with pytest.raises(ModelError, match=r"Siglip2VisionModel does not compute features .*'pixel_attention_mask'.*own"):
-        models.load(saved(transformers.Siglip2VisionModel(config), tmp_path / "m"))
+    sizes = {"image_size": [32, 16], "patch_size": 8, "pretrain_image_size": 16, "decoder_hidden_size": 8}
+    config = transformers.SegGptConfig(**sizes, intermediate_hidden_state_indices=[0], merge_index=0, **IMAGES)
+    with pytest.raises(ModelError, match=r"SegGptModel does not compute features .*'prompt_pixel_values'.*own"):
+        models.load(saved(transformers.SegGptModel(config), tmp_path / "m"))
+
+
+def test_a_classifier_whose_logits_have_another_name(tmp_path):
+    """PP-LCNet returns its logits as hidden states."""
+    blocks = [[[3, 16, 16, 2, stage == 4]] for stage in range(5)]
+    config = transformers.PPLCNetConfig(block_configs=blocks, class_expand=32, num_labels=3)
+    module = transformers.PPLCNetForImageClassification(config).eval()
+    model = models.load(saved(module, tmp_path / "m"))
+    assert (model.task, model.outputs, model.classes()) == ("image-classification", ("logits",), 3)
+    graph = trace(model)
+    for rows in (1, 3):
+        pixels = torch.rand(rows, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            expected = module(pixels).last_hidden_state
+        torch.testing.assert_close(run(graph, {"pixel_values": pixels})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_detector_without_boxes_gives_its_map_as_features(tmp_path):
+    """The text detectors of PaddleOCR return a map of probabilities as hidden states."""
+    config = transformers.PPOCRV5MobileDetConfig(neck_out_channels=64)
+    module = transformers.PPOCRV5MobileDetForObjectDetection(config).eval()
+    model = models.load(saved(module, tmp_path / "m"), image_size=(64, 96))
+    assert (model.task, model.outputs) == ("image-feature-extraction", ("last_hidden_state",))
+    assert "task: the head for object-detection returns last_hidden_state alone" in "\n".join(
+        map(str, model.limitations)
+    )
+    graph = trace(model)
+    for rows in (1, 3):
+        pixels = torch.rand(rows, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            expected = module(pixels).last_hidden_state
+        torch.testing.assert_close(run(graph, {"pixel_values": pixels})[0], expected, rtol=1e-4, atol=1e-5)
