@@ -43,6 +43,7 @@ from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
+from compressor.quantize.qdq_rewrite import NothingToQuantizeError
 from compressor.report import engine_layers, exact_rewrites
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of, of_timings
@@ -253,6 +254,8 @@ def _decided(
 ) -> tuple[_Shipped, dict[str, Any]]:
     """Choose a plan and build its engines; with a budget, take fewer changes until the engine is within it.
 
+    So does a plan that leaves no layer for the precision asked for.
+
     Returns:
         The engines, and the facts about the decision.
     """
@@ -261,11 +264,12 @@ def _decided(
         baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
         if settings.defer_build:
             parsed_by(settings.target, {"original": baseline.float_file})
+    spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)  # it may be refused
     with index_errors_as_data_errors(subject):
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
     if decision is not None:
-        decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
+        decision.spent = spent
         if settings.confidence is not None and certify:
             choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
         elif settings.heal == "none":
@@ -276,7 +280,15 @@ def _decided(
         retried = decision is not None and milder_exists(choice)
         rewritten = _adapted(choice, subject, settings, evaluator, healing / 2 if retried else healing, steps)
         healing = max(healing - (time.perf_counter() - start), 0.0)
-        shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
+        try:
+            shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
+        except NothingToQuantizeError:
+            if decision is None:
+                raise
+            count = rewritten.choice.count
+            steps.warn(f"a plan of {count} changes leaves no layer for {settings.precision}, so fewer are made")
+            choice = decision.fewer(rewritten.choice, steps)
+            continue
         if decision is None:
             return shipped, {}
         evaluation = _on_fresh_samples(shipped, evaluator.builder, subject, steps)

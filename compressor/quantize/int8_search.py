@@ -23,6 +23,7 @@ from compressor.quantize.qdq_rewrite import (
     Activations,
     Kept,
     Linear,
+    NothingToQuantizeError,
     QuantizeError,
     Range,
     candidates,
@@ -188,7 +189,7 @@ def quantize(
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
         name = "fp8" if activations == "fp8" else "int8"
-        raise QuantizeError(
+        raise NothingToQuantizeError(
             f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
             f"so there is nothing to quantize to {name}; choose another precision."
         )

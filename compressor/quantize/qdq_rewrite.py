@@ -41,6 +41,9 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 OTHERS = ("ConvTranspose", "Einsum", "LSTM", "GRU", "RNN")
 """Operators with weights that no rule quantizes."""
 
+ROOT = "model"
+"""Name of the model itself in the metadata of an exported file."""
+
 SMALLEST = 16
 """Smallest number of input or output channels that is quantized."""
 
@@ -61,6 +64,10 @@ EXTERNAL_ABOVE = 1_500_000_000
 
 class QuantizeError(CompressorError):
     """The model cannot be quantized with the given options."""
+
+
+class NothingToQuantizeError(QuantizeError):
+    """No layer of the model can be quantized."""
 
 
 @dataclass(frozen=True)
@@ -274,10 +281,13 @@ def _module(node: onnx.NodeProto) -> str | None:
 
 
 def module_of(metadata: Mapping[str, str]) -> str | None:
-    """Return the qualified name of the torch module of a node from the exporter's metadata, or None."""
+    """Return the qualified name of the torch module of a node from the exporter's metadata.
+
+    None for a node without one, and for an operator that the model itself calls, outside of its modules.
+    """
     try:
         names = ast.literal_eval(metadata.get("pkg.torch.onnx.name_scopes", "[]"))
-        return str(names[-2]) if len(names) > 1 and names[-2] else None
+        return str(names[-2]) if len(names) > 1 and names[-2] not in ("", ROOT) else None
     except (ValueError, SyntaxError, TypeError):
         return None
 

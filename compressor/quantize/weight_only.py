@@ -28,6 +28,7 @@ from compressor.quantize.qdq_rewrite import (
     Edit,
     Kept,
     Linear,
+    NothingToQuantizeError,
     QuantizeError,
     candidates,
     in_opset,
@@ -278,7 +279,7 @@ def _linears(
         kept += [Kept(each.node, each.module, f"{channels[each.output]} {reason}") for each in partial]
         linears = [each for each in linears if each not in partial]
     if not linears:
-        raise WeightOnlyError(
+        raise NothingToQuantizeError(
             f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
             f"so there is nothing to quantize to {precision}; choose another precision."
         )

@@ -170,10 +170,15 @@ class Decision:
         engine = self.trials[-1]
         if sum(trial.judged == "engine" for trial in self.trials) >= ATTEMPTS or not math.isfinite(engine.loss):
             return choice.at(0)
+        graphs = [trial.loss for trial in self.trials if (trial.changes, trial.judged) == (choice.count, "graph")]
+        if self.confidence is None and graphs:
+            self.spent = max(self.spent, engine.loss - graphs[-1])
+        return self.fewer(choice, steps)
+
+    def fewer(self, choice: Choice, steps: Steps) -> Choice:
+        """Return a choice with fewer changes, because no engine of `choice` can be shipped."""
         if self.confidence is not None:
             return choice.at(choice.count // 2)
-        graphs = [trial.loss for trial in self.trials if (trial.changes, trial.judged) == (choice.count, "graph")]
-        self.spent = max(self.spent, engine.loss - graphs[-1]) if graphs else self.spent
         return self.strongest(choice.at(choice.count - 1), steps)
 
     def facts(self, choice: Choice) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import compressor
 from compressor.benchmark.contenders import parse_contenders
 from compressor.errors import CompressorError
 from compressor.measure import latency as engine_timing
+from compressor.pipeline import export
 from runtimes.base.registry import runtime
 from runtimes.base.timing import interleave
 from tests.onnx_files import count, initializers
@@ -134,3 +135,32 @@ def test_bench_measures_an_fp16_export_of_openvino_in_fp16(subject: dict[str, An
     assert (entry.target, entry.precision, entry.file) == ("openvino", "fp16", out / "model.onnx")
     (elsewhere,) = parse_contenders([str(out)])[0].entries(None, "onnxruntime", compiled=False)
     assert (elsewhere.target, elsewhere.precision) == ("onnxruntime", "fp32")  # the precision of the ONNX file
+
+
+@pytest.fixture
+def narrow(subject: dict[str, Any]) -> dict[str, Any]:
+    """Options of an export in int8 of a module whose head has too few classes for int8, with data without labels."""
+    module, rows = Residual(), np.load(subject["data"])["x"]
+    module.head = torch.nn.Linear(32, 4)
+    np.savez(subject["data"], x=rows)
+    return subject | {"model": module, "precision": "int8", "max_precision_loss": 100.0}
+
+
+def test_a_plan_that_leaves_no_layer_for_int8_is_made_milder(
+    narrow: dict[str, Any],
+) -> None:
+    """A plan that changes both branches leaves no layer for int8."""
+    report = compressor.export(**narrow | {"drop": "auto", "cost": "macs", "max_loss": 95.0})
+    assert len(report.plan.changes) == 1
+    assert report.precision["result"]["nodes"] == 1
+    with pytest.raises(CompressorError, match=r"so there is nothing to quantize to int8; choose another precision\.$"):
+        compressor.export(**narrow | {"drop": "other:2", "force": True})
+
+
+def test_a_model_without_a_layer_for_int8_is_refused_before_the_search(
+    narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow["model"].inner = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Linear(4, 32))])
+    monkeypatch.setattr(export, "choose_plan", lambda *_: pytest.fail("the search was begun"))
+    with pytest.raises(CompressorError, match="nothing to quantize to int8"):
+        compressor.export(**narrow | {"drop": "auto"})

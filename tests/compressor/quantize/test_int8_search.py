@@ -21,7 +21,7 @@ from compressor.quantize import int8_search
 from compressor.quantize.calibration import BY_EXTREMES, extremes, histograms
 from compressor.quantize.int8_search import ENOUGH, Attempt, Calibrated, Quantized, QuantizeError, quantize
 from compressor.quantize.output_error import Judge, OutputErrors, file_error, layer_errors
-from compressor.quantize.qdq_rewrite import activation_grid, candidates, load, quantize_weight, write
+from compressor.quantize.qdq_rewrite import activation_grid, candidates, load, module_of, quantize_weight, write
 from tests.onnx_files import (
     MLP_WEIGHTS,
     Array,
@@ -643,3 +643,13 @@ def test_weights_that_no_rule_quantizes_are_named(tmp_path: Path) -> None:
         "lstm": "LSTM is not quantized",
         "transposed": "ConvTranspose is not quantized",
     }
+
+
+def test_an_operator_of_the_model_itself_is_named_by_its_node() -> None:
+    def scopes(*names: str) -> dict[str, str]:
+        return {"pkg.torch.onnx.name_scopes": str(list(names))}
+
+    assert module_of(scopes("", "model", "linear_1")) is None
+    assert module_of(scopes("", "model", "model.model.head", "linear_1")) == "model.model.head"
+    assert module_of(scopes("", "linear_1")) is None
+    assert module_of({}) is None
