@@ -158,7 +158,7 @@ bench tiny:make | no data given
 bench tiny:make tiny:make --data tiny.npz | tiny:make is given twice
 bench M --model missing:make | missing:make could not be called: ModuleNotFoundError: No module named
 build | Missing argument 'FOLDER'
-build missing | missing is not a folder that Compressor wrote: it has no valid manifes
+build missing | there is no folder missing; check the path
 build room | room is not a folder that Compressor wrote: it has no valid manifest.j
 build tiny.npz | tiny.npz is not a folder that Compressor wrote: it has no valid manife
 build room --threads 0 | Invalid value for '--threads': 0 is not in the range x>=1

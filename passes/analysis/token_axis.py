@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from passes.graph.graph import Graph
+
 aten = torch.ops.aten
 
 RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, *VIEWS})
@@ -71,6 +73,12 @@ def sizes_of(node: fx.Node) -> list[Any]:
     value = value_of(node)
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return [expression(size) for size in getattr(value, "shape", ())]
+
+
+def batch_size(graph: Graph) -> Any:
+    """Return the symbolic size of the first axis of the inputs; None if it is a number."""
+    first = next((sizes_of(node)[0] for node in graph.placeholders() if sizes_of(node)), None)
+    return None if first is None or isinstance(first, int) else first
 
 
 def option(node: fx.Node, name: str) -> Any:

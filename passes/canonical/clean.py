@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph.edit import name_squeezed_axes, remove_assertions, remove_dead, replace_all_uses, views_to_reshapes
+from passes.graph.edit import (
+    leave_broadcasts_to_readers,
+    name_squeezed_axes,
+    remove_assertions,
+    remove_dead,
+    replace_all_uses,
+    views_to_reshapes,
+)
 from passes.graph.graph import CASTS, COPIES, DROPOUTS, Graph, value_of
 
 if TYPE_CHECKING:
@@ -18,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clean:
-    """Rewrite pass that removes no-ops and dead code, and makes views and squeezes independent of strides and batch.
+    """Rewrite pass that removes no-ops and dead code, and makes views, squeezes and expansions plain.
+
+    Views then need no strides, squeezes no batch of two rows, and what an operator broadcasts is not expanded.
 
     Before::
 
@@ -36,6 +45,7 @@ class Clean:
         """Clean the graph. Return the names of the removed nodes."""
         views_to_reshapes(graph)  # first, because a view may depend on the strides of a copy that is removed next
         name_squeezed_axes(graph)
+        leave_broadcasts_to_readers(graph)
         removed = remove_assertions(graph)
         for node in graph.nodes():
             if is_identity(node):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from passes.analysis.token_axis import RESHAPES, is_pointwise, option, sizes_of
+from passes.analysis.token_axis import RESHAPES, batch_size, is_pointwise, option, sizes_of
 from passes.base import Rewritten
 from passes.graph.edit import insert_call, remove_dead, replace_all_uses
 from passes.graph.graph import DROPOUTS, Graph, aten, value_of
@@ -47,7 +47,7 @@ class SeparateBatch:
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Edit the graph. Return the names of the reshapes that split the batch off, which were replaced."""
-        batch = _batch(graph)
+        batch = batch_size(graph)
         if batch is None:
             return Rewritten(changed=())
         separation = _Separation(graph, batch)
@@ -58,16 +58,10 @@ class SeparateBatch:
 
 def joins_batch(graph: Graph) -> bool:
     """Return whether a reshape of the graph joins the batch with another axis."""
-    batch = _batch(graph)
+    batch = batch_size(graph)
     return batch is not None and any(
         node.target in RESHAPES and _joined(sizes_of(node), batch) is not None for node in graph.nodes()
     )
-
-
-def _batch(graph: Graph) -> Any:
-    """Return the symbolic size of the first axis of the inputs; None if it is a number."""
-    first = next((sizes_of(node)[0] for node in graph.placeholders() if sizes_of(node)), None)
-    return None if first is None or isinstance(first, int) else first
 
 
 def _joined(sizes: Sequence[Any], batch: Any) -> int | None:

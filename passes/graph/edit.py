@@ -20,7 +20,7 @@ from passes.graph.graph import (
     resolve_dropped_adds,
     value_of,
 )
-from passes.torch_internals import fake_mode, hint, new_symbolic_size, registries
+from passes.torch_internals import expression, fake_mode, hint, new_symbolic_size, registries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -322,6 +322,33 @@ def name_squeezed_axes(graph: Graph) -> list[str]:
             value = insert_call(graph, aten.squeeze.dim, value, axis, before=node)
         replace_all_uses(graph, node, value)
     return [node.name for node in squeezes]
+
+
+def leave_broadcasts_to_readers(graph: Graph) -> list[str]:
+    """Let element-wise operators broadcast what `expand_as` expands to another operand's size; return the names.
+
+    `torch.nn.functional.normalize` divides by such a value.
+    """
+    changed = []
+    for node in [each for each in graph.nodes() if each.target is aten.expand_as.default]:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        readers = list(node.users)
+        if all(_is_broadcast_by(reader, node) for reader in readers):
+            for reader in readers:
+                reader.replace_input_with(node, source)
+            changed.append(node.name)
+    return changed
+
+
+def _is_broadcast_by(reader: fx.Node, operand: fx.Node) -> bool:
+    """Return whether an element-wise operator has another operand of the size of this one."""
+    sizes = [expression(size) for size in value_of(operand).shape]
+    others = [value_of(each) for each in reader.all_input_nodes if each is not operand]
+    same = any(
+        isinstance(other, torch.Tensor) and [expression(size) for size in other.shape] == sizes for other in others
+    )
+    return same and torch.Tag.pointwise in getattr(reader.target, "tags", ())
 
 
 def remove_assertions(graph: Graph) -> list[str]:

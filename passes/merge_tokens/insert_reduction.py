@@ -37,11 +37,14 @@ class AttentionOperands(NamedTuple):
     real: fx.Node | None = None
 
 
-def insert_reduction(call: Any, root: fx.Node, amount: float, attended: AttentionOperands, past: Stages) -> Stage:
+def insert_reduction(
+    call: Any, name: str, root: fx.Node, amount: float, attended: AttentionOperands, past: Stages
+) -> Stage:
     """Insert the nodes of a token reduction of `root`.
 
     Args:
         call: function that inserts a node.
+        name: name of the trunk in messages.
         root: the trunk ``[B, N, D]`` after an attention.
         amount: number (int) or share (float) of tokens to remove.
         attended: operands of that attention.
@@ -56,7 +59,7 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
     sizes = past.done[-1].sizes if past.done else None
     method, protected = past.reduction.method, past.reduction.protected
     by_row = attended.real is not None and not isinstance(old, int) and past.reduction.in_pairs
-    removed = _removed(call, root, old, amount, past.reduction, by_row=by_row)
+    removed = _removed(call, name, old, amount, past.reduction, by_row=by_row)
     count, dtype = arithmetic.minus(call, old, removed), value_of(root).dtype
     if not isinstance(count, int):
         resymbolize_size(past.graph, count)
@@ -96,7 +99,7 @@ def _states(call: Any, root: fx.Node) -> fx.Node:
     return root if value_of(root).dtype == torch.float32 else call(aten.to.dtype, root, torch.float32)
 
 
-def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction, *, by_row: bool) -> Count:
+def _removed(call: Any, name: str, old: Count, amount: float, reduction: Reduction, *, by_row: bool) -> Count:
     """Return the number of removed tokens, limited to the available ones.
 
     A merge removes less than half of the unprotected tokens. With `by_row` the rows have padding and a dynamic length.
@@ -106,8 +109,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     """
     if not isinstance(old, int) and isinstance(amount, int):
         raise PassError(
-            f"found {amount} tokens to remove after {root.name}, which has a dynamic length; "
-            "expected a share such as 0.25."
+            f"found {amount} tokens to remove after {name}, which has a dynamic length; expected a share such as 0.25."
         )
     if by_row:
         return arithmetic.removed_in_pairs(call, arithmetic.minus(call, old, reduction.protected), amount)
@@ -117,7 +119,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     free = old - reduction.protected
     if free < PAIR:
         raise PassError(
-            f"{root.name} has {old} tokens, of which {reduction.protected} are protected (parameters, or read by "
+            f"{name} has {old} tokens, of which {reduction.protected} are protected (parameters, or read by "
             "position), so no pair is left to merge; reduce tokens elsewhere."
         )
     return max(0, min(removed, (free - 1) // 2 if reduction.in_pairs else free - 1))

@@ -41,6 +41,10 @@ class ReductionPropagator:
         last: the last such site.
         amounts: root node name of a site to the number or share of tokens removed there; empty for a trial run.
         reduction: options of the reductions.
+
+    Attributes:
+        batch: axis of the samples in the trunk, 1 where the tokens are first, as by default in `torch.nn.Transformer`.
+        axis: axis of the tokens.
     """
 
     def __init__(
@@ -65,12 +69,15 @@ class ReductionPropagator:
         sizes = self.before[self.first]
         if len(sizes) != 3 or first.channel_dim != 2:
             raise PassError(
-                f"{first.name} has a trunk of shape {axes.as_text(sizes)}; expected [samples, tokens, features]. "
+                f"{first.name} has a trunk of shape {axes.as_text(sizes)}; expected [samples, tokens, features], or "
+                "tokens first. "
                 "Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be removed."
             )
-        if sizes[1] == 1:
+        self.batch = int(sizes[1] == axes.batch_size(self.graph) != sizes[0])
+        self.axis = 1 - self.batch
+        if sizes[self.axis] == 1:
             raise PassError(f"{first.name} has a trunk of one token, so no token can be removed.")
-        self.flows[self.first] = Flow(0, 0, ((1, 0),))
+        self.flows[self.first] = Flow(0, self.batch, ((self.axis, 0),))
 
     # --------------------------------------------------------------------------------------------------- traversal
 
@@ -386,18 +393,20 @@ class ReductionPropagator:
     def _reduce(self, root: fx.Node) -> None:
         """Insert one reduction after a root, and rewire the consumers of the root to the remaining tokens."""
         flow = self.flows.get(root)
-        if flow is None or flow.tokens != ((1, 0),) or flow.batch:
+        if flow is None or (flow.batch, flow.tokens) != (self.batch, ((self.axis, 0),)):
             raise PassError(f"the sum {root.name} does not hold all tokens, so tokens cannot be reduced after it.")
         if self.attended is None:
             raise PassError(
                 f"found no attention scores between tokens before {root.name}, so tokens cannot be reduced after it."
             )
         users, call = list(root.users), self.past.call(root.next)
-        stage = insert_reduction(call, root, self.amounts[root.name], self.attended, self.past)
+        rows = call(aten.transpose.int, root, 0, 1) if self.batch else root  # [samples, tokens, features]
+        stage = insert_reduction(call, root.name, rows, self.amounts[root.name], self.attended, self.past)
         if self.attended.real is not None:
             stage = arithmetic.with_padding(call, stage, self.attended.real)
         self.past.done.append(stage)
-        reduced = call(aten.matmul.default, stage.mean, root)
+        reduced = call(aten.matmul.default, stage.mean, rows)
+        reduced = call(aten.transpose.int, reduced, 0, 1) if self.batch else reduced
         for user in users:
             replace_input(self.graph, user, root, reduced)
         self.flows[reduced] = replace(flow, stage=len(self.past.done))

@@ -116,7 +116,9 @@ class ReduceTokens:
         trial.run()
         if self.protected is None:
             (trunk,) = [node for node in graph.nodes() if node.name == first.trunk]
-            return max(leading_constants(trunk, 1, data_dependent_nodes(graph.nodes())), trial.read_by_position)
+            return max(
+                leading_constants(trunk, trial.axis, data_dependent_nodes(graph.nodes())), trial.read_by_position
+            )
         if self.protected < trial.read_by_position:
             raise PassError(
                 f"found protected={self.protected}, but the model reads the first {trial.read_by_position} tokens by "

@@ -63,6 +63,27 @@ def test_a_squeeze_without_axes_keeps_the_axis_of_the_batch(shape):
         assert torch.equal(found, expected)
 
 
+class Normalised(nn.Module):
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1)
+
+
+class Returned(nn.Module):
+    """What reads the value is no element-wise operator."""
+
+    def forward(self, x):
+        return x[:, :1].expand_as(x).cumsum(-1)
+
+
+@pytest.mark.parametrize(("module", "left"), [(Normalised(), 0), (Returned(), 1)])
+def test_operators_broadcast_what_is_expanded_for_them(module, left):
+    graph, x = exported(module, torch.rand(2, 4)), torch.rand(2, 4)
+    apply(Clean(), graph)
+    graph.check()
+    assert sum("expand_as" in target for target in targets(graph)) == left
+    assert torch.equal(run(graph, {graph.inputs[0]: x})[0], module(x))
+
+
 def test_casts_to_another_dtype_stay():
     class Cast(nn.Module):
         def forward(self, x):

@@ -1,5 +1,6 @@
 """Token reduction: no change for zero tokens, exact for equal tokens, and the formulas of the paper otherwise."""
 
+import copy
 import functools
 
 import numpy as np
@@ -17,6 +18,7 @@ from passes.base import PassError, apply
 from passes.execute.interpreter import run
 from passes.graph.graph import value_of
 from passes.graph.sites import find_sites
+from passes.merge_tokens.stages import DROPPING
 from passes.merge_tokens.token_merging import ReduceTokens
 from tests import samples
 from tests.paths import SHARED_DATA
@@ -472,3 +474,39 @@ def test_onnx_file_equals_torch_on_real_images(tmp_path):
     (mine,), (theirs,) = run(edited, feeds), onnx_outputs(edited, model, tmp_path / "m.onnx", feeds)
     # Two engines may break a tie of two links differently. These images have none, so only rounding remains.
     np.testing.assert_allclose(theirs, mine.numpy(), rtol=1e-3, atol=1e-3 * float(mine.abs().max()))
+
+
+class Encoder(nn.Module):
+    """An encoder of torch, which takes tokens first by default, with a class token in front."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=batch_first)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(3))
+        self.token, self.head, self.first = nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 3), batch_first
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x if self.first else x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 0] if self.first else x[0]), x if self.first else x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("method", ["merge", "tome", "atm", "evit", "attention", "norm"])
+def test_tokens_first_are_merged_as_samples_first(method):
+    """The order of the axes of the trunk is the only difference, so all outputs are equal."""
+    x = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for batch_first in (True, False):
+        graph = trace(models.load(Encoder(batch_first).eval(), example_inputs=x[:2]))
+        sites = [site.name for site in find_sites(graph) if site.kind == "attention"]
+        unmerge = False if method in DROPPING else None
+        apply(ReduceTokens(((sites[0], 3), (sites[1], 0.25)), method=method, unmerge=unmerge), graph)
+        outputs.append(run(graph, {graph.inputs[0]: x}))
+        graph.check()
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    whole = Encoder(True).eval()(x)[0]
+    assert not torch.allclose(outputs[0][0], whole, rtol=1e-3)
