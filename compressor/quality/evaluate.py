@@ -253,7 +253,10 @@ def sample_columns(
     finite = np.isfinite(rows.min(1)) & np.isfinite(rows.max(1))  # NaN is the extreme of any row that has one
     if not finite.all():
         first = batch.ids[int(finite.argmin()) // batch.rows_per_sample]
-        raise EvaluationError(f"{name} gave NaN or infinity for sample {first}; check its weights.")
+        few = f"that sample, as {int(finite.sum())} others in its batch of {len(rows)} are finite"
+        raise EvaluationError(
+            f"{name} gave NaN or infinity for sample {first}; check {few if finite.any() else 'its weights'}."
+        )
     columns = head.columns(metric, batch, answer, original)
     if original is None or not diverging or metric == "fidelity":  # 1 - fidelity is the divergence
         return columns

@@ -46,8 +46,11 @@ class _Comparison:
     def answer(self, program: Program, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the original; return its output, of texts at `POSITIONS` tokens."""
         answer = self._answer(program.run(feeds))
-        if not bool(torch.isfinite(answer).all()):
-            raise EvaluationError(f"{self.model} gave NaN or infinity on calibration data; check its weights.")
+        finite = torch.isfinite(answer.flatten(1)).all(1)
+        if not bool(finite.all()):
+            count = f"{int((~finite).sum())} of {len(finite)} samples in a batch of calibration data"
+            cause = "these samples" if bool(finite.any()) else "its weights"
+            raise EvaluationError(f"{self.model} gave NaN or infinity for {count}; check {cause}.")
         return answer
 
     def divergences(

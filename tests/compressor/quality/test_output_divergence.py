@@ -156,5 +156,13 @@ def test_non_finite_output_has_infinite_divergence():
 
 def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
-    with pytest.raises(EvaluationError, match="gave NaN or infinity on calibration data"):
+    with pytest.raises(EvaluationError, match=r"24 of 24 samples in a batch of calibration data; check its weights\."):
         OutputDivergence(graph, model, split)
+
+
+def test_one_sample_with_nan_is_no_fault_of_the_weights():
+    model, graph, _, split = small()
+    images = split.feeds["x"].copy()
+    images[3] = math.nan
+    with pytest.raises(EvaluationError, match=r"for 1 of 24 samples in a batch of .*; check these samples\."):
+        OutputDivergence(graph, model, Tensors({"x": images}))
