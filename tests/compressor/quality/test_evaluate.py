@@ -193,7 +193,7 @@ def test_non_finite_output_raises_with_the_sample(bad):
     few = "result gave NaN or infinity for sample s2; check that sample, as 3 others in its batch of 4 are finite."
     with pytest.raises(EvaluationError, match=few):
         sample_columns("accuracy", batch(labels=np.zeros(4, int)), answer, answer, "result")
-    with pytest.raises(EvaluationError, match="result gave NaN or infinity for sample s0; check its weights."):
+    with pytest.raises(EvaluationError, match=r"result gave NaN or infinity for sample s0; check its weights\."):
         sample_columns("accuracy", batch(labels=np.zeros(4, int)), np.full((4, 3), bad), answer, "result")
     with pytest.raises(EvaluationError, match="for sample s1;"):
         sample_columns("spearman", batch(labels=np.zeros(2), rows=2, count=2), answer, None)
