@@ -223,9 +223,13 @@ def parse_contenders(what: Sequence[str]) -> tuple[Contender, ...]:
     """
     if not what:
         raise SettingsError("nothing to measure; give exported folders, .onnx files or models.")
-    duplicates = [spec for spec in what if what.count(spec) > 1]
-    if duplicates:
-        raise SettingsError(f"{duplicates[0]} is given twice; give each argument once.")
+    places: dict[object, list[str]] = {}
+    for spec in what:  # ./out and out are one folder
+        places.setdefault(Path(spec).resolve() if Path(spec).exists() else spec, []).append(spec)
+    twice = next((specs for specs in places.values() if len(specs) > 1), None)
+    if twice is not None:
+        other = f" (also as {twice[1]})" if twice[1] != twice[0] else ""
+        raise SettingsError(f"{twice[0]} is given twice{other}; give each argument once.")
     short = [Path(spec).name for spec in what]
     return tuple(
         _classify(name if short.count(name) == 1 else spec, spec) for spec, name in zip(what, short, strict=True)

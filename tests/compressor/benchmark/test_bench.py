@@ -296,7 +296,8 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
     ("what", "options", "kind", "words"),
     [
         ([], {}, SettingsError, "nothing to measure"),
-        (["OUT", "OUT"], {}, SettingsError, "is given twice"),
+        (["OUT", "OUT"], {}, SettingsError, "is given twice; give"),
+        (["OUT", "OUT/../out"], {}, SettingsError, "/out/../out); give each argument once."),
         (["OUT/model.onnx"], {}, SettingsError, "preprocessing they use with --model"),
         (["OUT/none.onnx"], {}, CompressorError, "there is no file"),
         (["OUT"], {"model": FACTORY, "against": "nobody"}, SettingsError, "--against nobody is not a measured engine"),
