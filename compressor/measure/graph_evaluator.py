@@ -15,6 +15,7 @@ from compressor.measure.variant import lower_variant
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.quantize.precision import Converted
+from compressor.quantize.qdq_rewrite import NothingToQuantizeError
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph
@@ -51,25 +52,35 @@ class GraphEvaluator:
 
     def measure(
         self, graphs: Mapping[str, Graph], steps: Steps
-    ) -> tuple[Evaluation | None, dict[str, Latency], dict[str, Converted]]:
+    ) -> tuple[Evaluation | None, dict[str, Latency], dict[str, Converted], list[str]]:
         """Measure quality on test data and latency of graphs side by side.
 
         Returns:
-            The evaluation, in which the first graph is the reference (None if no quality is stated), the latencies, and
-            the conversions to a precision below fp32.
+            The evaluation, in which the first graph is the reference (None if no quality is stated), the latencies, the
+            conversions to a precision below fp32, and the names of graphs that leave no layer for it, which are not
+            built.
+
+        Raises:
+            NothingToQuantizeError: the first graph has no layer for the precision.
         """
         with self.builder.temporary() as builder:
             converter = dataclasses.replace(self.converter, builder=builder, results={})
-            engines, conversions = dict[str, Path](), dict[str, Converted]()
+            engines, conversions, left_out = dict[str, Path](), dict[str, Converted](), list[str]()
             for name, graph in graphs.items():
                 with steps.step(f"build {name}") as tick:
                     variant = lower_variant(name, graph, builder.fold(graph), builder)
                     source = variant.source
                     if self.precision != "fp32":
-                        source, conversions[name] = converter.convert(variant.float_file, self.precision, tick)
+                        try:
+                            source, conversions[name] = converter.convert(variant.float_file, self.precision, tick)
+                        except NothingToQuantizeError:
+                            if not engines:
+                                raise
+                            left_out.append(name)
+                            continue
                     engines[name] = builder.build(source)
             quality = quality_on_test(builder, engines, next(iter(graphs)), steps)
-            return quality, self.timer.latency(builder, engines, steps), conversions
+            return quality, self.timer.latency(builder, engines, steps), conversions, left_out
 
 
 def graph_evaluator(

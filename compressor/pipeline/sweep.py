@@ -67,7 +67,7 @@ def sweep(
             plans = points_of(search, subject.model.name)
             chosen = points_to_build(len(plans), settings.points, [point.efficient for point in plans])
             graphs = {str(number): rewriter.rewritten(plans[number].plan.changes) for number in chosen}
-        quality, latency, conversions = evaluator.measure(graphs, steps)
+        quality, latency, conversions, left_out = evaluator.measure(graphs, steps)
         excesses = (
             expected_excess(f"point {number}", facts.to_dict(), settings.max_precision_loss)
             for number, facts in conversions.items()
@@ -83,7 +83,7 @@ def sweep(
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
             limitations=(
-                *of_sweep(subject, settings.precision, target.name, conversions),
+                *of_sweep(subject, settings.precision, target.name, conversions, left_out),
                 *of_timings(evaluator.timer.unsteady),
             ),
             notes=(*price_notes(facts_of(search)), *(sentence for sentence in excesses if sentence is not None)),

@@ -58,7 +58,11 @@ def of_subject(subject: ModelAndData) -> Iterator[Limitation]:
 
 
 def of_sweep(
-    subject: ModelAndData, precision: str, target: str, conversions: Mapping[str, Converted]
+    subject: ModelAndData,
+    precision: str,
+    target: str,
+    conversions: Mapping[str, Converted],
+    left_out: Sequence[str] = (),
 ) -> Iterator[Limitation]:
     """List the limitations of a sweep: those of an export that are known before its engine is inspected.
 
@@ -68,6 +72,7 @@ def of_sweep(
         target: name of the target.
         conversions: the conversions to that precision, by number of the point; limitations that not all points share
             name theirs.
+        left_out: numbers of the points that leave no layer for the precision, which were not built.
     """
     yield from of_subject(subject)
     yield from of_weight_types(subject.model, f"the engines are {precision}", target)
@@ -81,6 +86,12 @@ def of_sweep(
         noun = "point" if len(numbers) == 1 else "points"
         where = "" if len(numbers) == len(conversions) else f" at {noun} {', '.join(numbers)}"
         yield Limitation(f"{limitation.feature}{where}", limitation.reason)
+    if left_out:
+        noun = "point" if len(left_out) == 1 else "points"
+        yield Limitation(
+            f"{precision} at {noun} {', '.join(left_out)}",
+            "not built, because no layer that can be quantized is left there; --precision fp32 builds all points",
+        )
     yield from _saturating(precision, {}, {"state": "built", "target": target})
     yield from _of_shared_scales(precision, target)
 

@@ -157,6 +157,15 @@ def test_a_plan_that_leaves_no_layer_for_int8_is_made_milder(
         compressor.export(**narrow | {"drop": "other:2", "force": True})
 
 
+def test_points_of_a_sweep_that_leave_no_layer_for_int8_are_not_built(narrow: dict[str, Any]) -> None:
+    common = {key: value for key, value in narrow.items() if key not in ("drop", "max_precision_loss")}
+    front = compressor.sweep(**common, cost="macs", max_loss=95.0, points=3, actions="drop")
+    assert [point.number for point in front.points if point.latency is not None] == [0, 1]
+    assert len(front.points) == 3
+    (limitation,) = [each for each in front.limitations if each.feature == "int8 at point 2"]
+    assert limitation.reason.startswith("not built, because no layer that can be quantized is left there")
+
+
 def test_a_model_without_a_layer_for_int8_is_refused_before_the_search(
     narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
