@@ -301,11 +301,14 @@ def test_dropping_equals_hiding_in_models_of_every_kind(kind, tmp_path):
     kept, tokens = outputs["present.1.tokens"], given["input_ids"].shape[1]
     assert kept.shape[1] < tokens
     text = next(each for name, each in model.module.named_modules() if name.endswith(("language_model", "text_model")))
-    for layer in text.layers[1:]:
+    blocks = next(each.layers for each in text.modules() if hasattr(each, "layers"))
+    for layer in blocks[1:]:
         layer.register_forward_pre_hook(Hidden(kept, tokens), with_kwargs=True)
     given["position_ids"] = complete["position_ids"]
     if kind == "paligemma":  # which reads its whole prompt in both directions
         given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    if kind == "gemma3":  # which attends in both directions within an image
+        given["token_type_ids"] = (given["input_ids"] == vision_language_models.TOKEN).long()
     with torch.no_grad():
         logits = model.module(**given).logits
     rows = torch.arange(2)[:, None]
