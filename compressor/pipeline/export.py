@@ -283,9 +283,9 @@ def _decided(
         try:
             shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
         except NothingToQuantizeError:
-            if decision is None:
-                raise
             count = rewritten.choice.count
+            if decision is None or not count:  # without a change, nothing milder is left
+                raise
             steps.warn(f"a plan of {count} changes leaves no layer for {settings.precision}, so fewer are made")
             choice = decision.fewer(rewritten.choice, steps)
             continue

@@ -157,6 +157,14 @@ def test_a_plan_that_leaves_no_layer_for_int8_is_made_milder(
         compressor.export(**narrow | {"drop": "other:2", "force": True})
 
 
+def test_exact_rewrites_that_leave_no_layer_for_int8_end_in_an_error(narrow: dict[str, Any]) -> None:
+    """Two maps in a row are folded into one that is too small, so that no plan has a layer, not even the unchanged."""
+    narrow["model"].inner = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Linear(4, 32))])
+    narrow["model"].head = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4))
+    with pytest.raises(CompressorError, match="nothing to quantize to int8"):
+        compressor.export(**narrow | {"drop": "auto", "cost": "macs"})
+
+
 def test_points_of_a_sweep_that_leave_no_layer_for_int8_are_not_built(narrow: dict[str, Any]) -> None:
     common = {key: value for key, value in narrow.items() if key not in ("drop", "max_precision_loss")}
     front = compressor.sweep(**common, cost="macs", max_loss=95.0, points=3, actions="drop")
