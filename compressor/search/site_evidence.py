@@ -50,10 +50,11 @@ def of_zeros(zeros: Mapping[str, int]) -> Iterator[Limitation]:
     """Yield a limitation if scores leave out tokens at which the trunk is zero; see `zeros_of`."""
     if zeros:
         name, most = max(zeros.items(), key=lambda pair: pair[1])
+        others = f" and up to as many at {len(zeros) - 1} others" if len(zeros) > 1 else ""
         yield Limitation(
             "similarity of branches",
-            f"{most:,} tokens at {name} and up to as many at {len(zeros) - 1} others are left out of cosines, angles "
-            "and updates, because the trunk is zero there and has no direction",
+            f"{most:,} tokens at {name}{others} are left out of cosines, angles and updates, because the trunk is zero "
+            "there and has no direction",
         )
 
 

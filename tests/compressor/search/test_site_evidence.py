@@ -71,6 +71,8 @@ def test_tokens_that_scores_leave_out_are_a_limitation(subject):
     assert content["zeros"] == {first: 5, second: 6}
     (limitation,) = of_zeros(content["zeros"])
     assert limitation.reason.startswith(f"6 tokens at {second} and up to as many at 1 others are left out of cosines")
+    (alone,) = of_zeros({second: 6})
+    assert alone.reason.startswith(f"6 tokens at {second} are left out of cosines")
 
 
 def test_there_are_no_scores_if_a_state_is_not_finite(subject):
