@@ -506,7 +506,7 @@ class _Candidates:
             try:
                 dropped = self.search.candidate(name, "drop")
             except PassError as error:  # possible before the last change, such as that of the last block but one
-                self._refuse((name, "drop"), str(error))
+                self._refuse((name, "drop"), f"drop refused: {error}")
                 del self.saved[name, "drop"]
                 continue
             more = self.search.cost - self.search.prices.cost(dropped) - self.saved[name, "drop"]
@@ -516,7 +516,7 @@ class _Candidates:
 
     def _refuse(self, candidate: Candidate, reason: str) -> None:
         """Remove a candidate that cannot be applied, and record why."""
-        self.search.refused[candidate] = f"{candidate[1]} refused: {reason}"
+        self.search.refused[candidate] = reason
         self.remove(candidate)
 
     def untried(self, unit: str) -> str:
@@ -603,8 +603,7 @@ class _Candidates:
         for candidate, key in keys.items():
             effect, cost, refused = journal.recall(key, lambda: [math.inf, math.inf, "no value"])
             if refused:
-                search.refused[candidate] = refused
-                self.remove(candidate)
+                self._refuse(candidate, refused)
                 continue
             self.added[candidate] = effect - divergence
             self.saved[candidate] = search.cost - cost

@@ -153,17 +153,16 @@ def check_no_input(output: Path, *inputs: object) -> None:
         FolderError: it is one of them, or holds one.
     """
     resolved = resolved_output(output)
-    for each in inputs:
-        if not isinstance(each, (str, Path)):
-            continue
-        with contextlib.suppress(
-            OSError, ValueError, RuntimeError
-        ):  # no path, such as a URL or a name that is too long
-            if Path(each).exists() and Path(each).resolve().is_relative_to(resolved):
-                break
-    else:
-        return
-    raise FolderError(f"{output} is or holds {each}, which this command reads; choose another --output.")
+    read = next((each for each in inputs if isinstance(each, (str, Path)) and _lies_in(each, resolved)), None)
+    if read is not None:
+        raise FolderError(f"{output} is or holds {read}, which this command reads; choose another --output.")
+
+
+def _lies_in(path: str | Path, folder: Path) -> bool:
+    """Return whether a file or folder exists and is a resolved path or lies in it; False for what is no path."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # such as a URL, or a name that is too long
+        return Path(path).exists() and Path(path).resolve().is_relative_to(folder)
+    return False
 
 
 def listed_file(folder: Path, name: str, digests: Mapping[str, str]) -> Path:

@@ -10,10 +10,10 @@ from torch import fx
 
 from passes.base import Rewritten
 from passes.graph.edit import (
-    leave_broadcasts_to_readers,
     name_squeezed_axes,
     remove_assertions,
     remove_dead,
+    remove_redundant_expansions,
     replace_all_uses,
     views_to_reshapes,
 )
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clean:
-    """Rewrite pass that removes no-ops and dead code, and makes views, squeezes and expansions plain.
+    """Rewrite pass that removes no-ops and dead code.
 
-    Views then need no strides, squeezes no batch of two rows, and what an operator broadcasts is not expanded.
+    It also replaces views by reshapes, which allow any strides, names the axes of squeezes, so that a batch of one row
+    stays, and removes expansions that the next operator does by broadcasting.
 
     Before::
 
@@ -45,7 +46,7 @@ class Clean:
         """Clean the graph. Return the names of the removed nodes."""
         views_to_reshapes(graph)  # first, because a view may depend on the strides of a copy that is removed next
         name_squeezed_axes(graph)
-        leave_broadcasts_to_readers(graph)
+        remove_redundant_expansions(graph)
         removed = remove_assertions(graph)
         for node in graph.nodes():
             if is_identity(node):

@@ -121,12 +121,12 @@ class _Separation:
             return False
         if known is None or self.batch not in after:
             return False
-        arguments = self._arguments(after)
-        if sizes_of(value) != after and arguments is None:
-            return False
-        same = sizes_of(value) == after
-        new = value if same else insert_call(self.graph, aten.reshape.default, value, arguments, before=node)
-        replace_all_uses(self.graph, node, new)
+        if sizes_of(value) != after:
+            arguments = self._arguments(after)
+            if arguments is None:
+                return False
+            value = insert_call(self.graph, aten.reshape.default, value, arguments, before=node)
+        replace_all_uses(self.graph, node, value)
         return True
 
     def _split(self, node: fx.Node, value: fx.Node, after: Sequence[Any]) -> _Twin | None:

@@ -324,8 +324,8 @@ def name_squeezed_axes(graph: Graph) -> list[str]:
     return [node.name for node in squeezes]
 
 
-def leave_broadcasts_to_readers(graph: Graph) -> list[str]:
-    """Let element-wise operators broadcast what `expand_as` expands to another operand's size; return the names.
+def remove_redundant_expansions(graph: Graph) -> list[str]:
+    """Remove each `expand_as` whose users are element-wise operators that broadcast by themselves; return the names.
 
     `torch.nn.functional.normalize` divides by such a value.
     """
@@ -333,22 +333,20 @@ def leave_broadcasts_to_readers(graph: Graph) -> list[str]:
     for node in [each for each in graph.nodes() if each.target is aten.expand_as.default]:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        readers = list(node.users)
-        if all(_is_broadcast_by(reader, node) for reader in readers):
-            for reader in readers:
-                reader.replace_input_with(node, source)
+        if all(_is_broadcast_by(user, node) for user in node.users):
+            replace_all_uses(graph, node, source)
             changed.append(node.name)
     return changed
 
 
-def _is_broadcast_by(reader: fx.Node, operand: fx.Node) -> bool:
+def _is_broadcast_by(user: fx.Node, operand: fx.Node) -> bool:
     """Return whether an element-wise operator has another operand of the size of this one."""
     sizes = [expression(size) for size in value_of(operand).shape]
-    others = [value_of(each) for each in reader.all_input_nodes if each is not operand]
+    others = [value_of(each) for each in user.all_input_nodes if each is not operand]
     same = any(
         isinstance(other, torch.Tensor) and [expression(size) for size in other.shape] == sizes for other in others
     )
-    return same and torch.Tag.pointwise in getattr(reader.target, "tags", ())
+    return same and torch.Tag.pointwise in getattr(user.target, "tags", ())
 
 
 def remove_assertions(graph: Graph) -> list[str]:

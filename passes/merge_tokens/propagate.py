@@ -70,8 +70,8 @@ class ReductionPropagator:
         if len(sizes) != 3 or first.channel_dim != 2:
             raise PassError(
                 f"{first.name} has a trunk of shape {axes.as_text(sizes)}; expected [samples, tokens, features], or "
-                "tokens first. "
-                "Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be removed."
+                "tokens first. Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be "
+                "removed."
             )
         self.batch = int(sizes[1] == axes.batch_size(self.graph) != sizes[0])
         self.axis = 1 - self.batch

@@ -11,7 +11,7 @@ from torch import fx
 from passes.base import Rewritten
 from passes.execute.offloaded_weights import is_offloaded
 from passes.graph.edit import insert_constant, remove_dead, replace_all_uses
-from passes.graph.graph import Graph, attribute, is_pure
+from passes.graph.graph import Graph, ancestors_of, attribute, is_pure
 from passes.graph.random_operators import is_random
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class FoldConstants:
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Edit the graph. Return the names of the replaced nodes."""
-        folded = foldable(graph)
+        folded, known = foldable(graph), dict[fx.Node, Any]()
         for node in folded:
-            name = f"{_weights_of(node)[0].target}.{node.name}"
-            replace_all_uses(graph, node, insert_constant(graph, name, _value(graph, node, {}), before=node))
+            name = f"{_weights_of(graph, node)[0].target}.{node.name}"
+            replace_all_uses(graph, node, insert_constant(graph, name, _value(graph, node, known), before=node))
         if folded:
             remove_dead(graph)
         return Rewritten(changed=tuple(node.name for node in folded))
@@ -55,37 +55,42 @@ def foldable(graph: Graph) -> list[fx.Node]:
     """Return the nodes that depend on weights alone and are read by nodes that do not."""
     constant: set[fx.Node] = set()
     for node in graph.nodes():
-        if node.op == "get_attr":
-            constant.update([node] if _in_memory(attribute(graph, node)) else [])
-        elif node.op == "call_function" and node.all_input_nodes and is_pure(node) and not is_random(node):
-            constant.update([node] if constant.issuperset(node.all_input_nodes) else [])
-    read: dict[Any, list[fx.Node]] = {}
-    for node in graph.nodes():
-        if node.op == "get_attr":
-            read.setdefault(attribute(graph, node), []).extend(node.users)
-    shared = {weight for weight, users in read.items() if not constant.issuperset(users)}
-    ends = [node for node in constant if node.op != "get_attr" and not constant.issuperset(node.users)]
-    order = {node: place for place, node in enumerate(graph.nodes())}
-    return [node for node in sorted(ends, key=order.__getitem__) if _is_worth_storing(graph, node, shared)]
+        if _is_constant(graph, node, constant):
+            constant.add(node)
+    read_elsewhere = [node for node in graph.nodes() if node.op == "get_attr" and not constant.issuperset(node.users)]
+    shared = {attribute(graph, node) for node in read_elsewhere}  # one weight may have several names
+    return [
+        node
+        for node in graph.nodes()
+        if node in constant
+        and node.op != "get_attr"
+        and not constant.issuperset(node.users)
+        and _is_worth_storing(graph, node, shared)
+    ]
 
 
-def _in_memory(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not is_offloaded(value)
+def _is_constant(graph: Graph, node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Return whether a node is a weight in memory, or computed from the constants before it alone."""
+    if node.op == "get_attr":
+        value = attribute(graph, node)
+        return isinstance(value, torch.Tensor) and not is_offloaded(value)
+    sources = node.all_input_nodes
+    computed = node.op == "call_function" and is_pure(node) and not is_random(node)
+    return computed and bool(sources) and constant.issuperset(sources)
 
 
 def _is_worth_storing(graph: Graph, node: fx.Node, shared: set[Any]) -> bool:
     """Return whether a value may replace its weights: it is a tensor, is not larger, and none of them is read."""
-    value, weights = node.meta.get("val"), [attribute(graph, each) for each in _weights_of(node)]
+    value, weights = node.meta.get("val"), [attribute(graph, each) for each in _weights_of(graph, node)]
     if not isinstance(value, torch.Tensor) or any(weight in shared for weight in weights):
         return False
     return bool(value.numel() <= sum(weight.numel() for weight in dict.fromkeys(weights)))
 
 
-def _weights_of(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes of the weights that a value is computed from, in the order in which they are read."""
-    if node.op == "get_attr":
-        return [node]
-    return list(dict.fromkeys(weight for source in node.all_input_nodes for weight in _weights_of(source)))
+def _weights_of(graph: Graph, node: fx.Node) -> list[fx.Node]:
+    """Return the nodes of the weights that a value is computed from, in the order of the graph."""
+    ancestors = ancestors_of([node])
+    return [each for each in graph.nodes() if each.op == "get_attr" and each in ancestors]
 
 
 def _value(graph: Graph, node: fx.Node, known: dict[fx.Node, Any]) -> Any:

@@ -207,6 +207,16 @@ def test_what_a_module_needs_besides_is_named(tmp_path):
         models.load(saved(transformers.SegGptModel(config), tmp_path / "m"))
 
 
+def assert_traced_as_hidden_states(model, module, height, width):
+    """The graph returns what the module calls hidden states, for one image and for several."""
+    graph = trace(model)
+    for rows in (1, 3):
+        pixels = torch.rand(rows, 3, height, width, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            expected = module(pixels).last_hidden_state
+        torch.testing.assert_close(run(graph, {"pixel_values": pixels})[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_classifier_whose_logits_have_another_name(tmp_path):
     """PP-LCNet returns its logits as hidden states."""
     blocks = [[[3, 16, 16, 2, stage == 4]] for stage in range(5)]
@@ -214,12 +224,7 @@ def test_a_classifier_whose_logits_have_another_name(tmp_path):
     module = transformers.PPLCNetForImageClassification(config).eval()
     model = models.load(saved(module, tmp_path / "m"))
     assert (model.task, model.outputs, model.classes()) == ("image-classification", ("logits",), 3)
-    graph = trace(model)
-    for rows in (1, 3):
-        pixels = torch.rand(rows, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            expected = module(pixels).last_hidden_state
-        torch.testing.assert_close(run(graph, {"pixel_values": pixels})[0], expected, rtol=1e-4, atol=1e-5)
+    assert_traced_as_hidden_states(model, module, 224, 224)
 
 
 def test_a_detector_without_boxes_gives_its_map_as_features(tmp_path):
@@ -231,9 +236,4 @@ def test_a_detector_without_boxes_gives_its_map_as_features(tmp_path):
     assert "task: the head for object-detection returns last_hidden_state alone" in "\n".join(
         map(str, model.limitations)
     )
-    graph = trace(model)
-    for rows in (1, 3):
-        pixels = torch.rand(rows, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            expected = module(pixels).last_hidden_state
-        torch.testing.assert_close(run(graph, {"pixel_values": pixels})[0], expected, rtol=1e-4, atol=1e-5)
+    assert_traced_as_hidden_states(model, module, 64, 96)
