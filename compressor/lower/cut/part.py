@@ -47,10 +47,17 @@ def order_of_input(value: ir.Value) -> tuple[int, str]:
 
 
 def readers(value: ir.Value) -> list[ir.Node]:
-    """Return the nodes that read a value, or a cast of it, as files in half precision hold for caches."""
-    readers = [use.node for use in value.uses()]
-    casts = [node.outputs[0] for node in readers if node.op_type == "Cast"]
-    return [*readers, *(use.node for cast in casts for use in cast.uses())]
+    """Return the nodes that read a value in any type.
+
+    A file in half precision casts the caches that are its inputs, and its outputs are casts of the values that its
+    nodes read.
+    """
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        return readers(producer.inputs[0])
+    direct = [use.node for use in value.uses()]
+    casts = [node.outputs[0] for node in direct if node.op_type == "Cast"]
+    return [*direct, *(use.node for cast in casts for use in cast.uses())]
 
 
 class Part:

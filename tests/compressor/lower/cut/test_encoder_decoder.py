@@ -91,7 +91,11 @@ def test_inputs_stand_in_the_order_of_optimum(shared):
 
 @pytest.mark.parametrize("kind", ["bart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_a_file_in_half_precision_is_cut_at_its_half_values(kind, shared, tmp_path):
-    """The outputs of such a file are casts, and nodes read the values before them."""
+    """The outputs of such a file are casts, and nodes read the values before them.
+
+    ONNX Runtime computes in float32 here and rounds to half where a value is stored, which differs between the files;
+    so they agree to the resolution of half precision.
+    """
     model, encoder = dense(kind, shared)
     graph = onnx.load(encoder.with_name("whole.onnx")).graph
     names = [*(name for node in graph.node for name in node.output), *(value.name for value in graph.input)]
@@ -103,7 +107,8 @@ def test_a_file_in_half_precision_is_cut_at_its_half_values(kind, shared, tmp_pa
         backend.load(cut(tmp_path / "half.onnx", tmp_path), ONE) as engine,
     ):
         expected, found = whole.run(feeds), engine.run(feeds)
-    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= np.finfo(np.float16).eps * np.abs(value).max(), name
     further = onnx.load(tmp_path / "decoder_with_past_model.onnx").graph
     assert not [value.name for value in further.input if value.name == "encoder_hidden_states"]
 
