@@ -171,7 +171,7 @@ def swap_row(search: Search, before: Mapping[str, Any]) -> tuple[dict[str, Any],
     told = f"{made}: divergence {row['search_divergence']:.4f} to {found.swap.expected:.4f}"
     if found.loss > search.limit + ROUNDING:
         return row | {"swap": f"not made: {told}, but validation loss {found.loss:.2f} %"}, search.reduced
-    row |= {"speedup": search.whole / search.prices.cost(found.graph), "changes": found.changes, "swap": told}
+    row |= {"speedup": search.whole / search.cost_model.cost(found.graph), "changes": found.changes, "swap": told}
     return row | {"search_divergence": found.swap.expected, "validation_loss": found.loss}, found.graph
 
 

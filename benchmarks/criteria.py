@@ -166,7 +166,7 @@ def searched(bench: Bench, name: str, evaluator: GraphEvaluator, timed: Journal)
     search.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
     click.echo(f"    {len(search.steps)} steps, {search.effects.sweeps:.0f} sweeps")
     for count, step in enumerate(search.steps, start=1):
-        saved = 1.0 - step.cost / search.prices.cost(bench.subject.graph)
+        saved = 1.0 - step.cost / search.cost_model.cost(bench.subject.graph)
         yield {step.unit: step.action for step in search.steps[:count]}, saved
 
 
@@ -199,7 +199,7 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         evaluator = graph_evaluator(subject, target, options, replace(settings, rounds=ROUNDS), Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
         timed = Journal()
-        times = prepare_search(subject, settings, rewriter, evaluator, steps, timed).prices
+        times = prepare_search(subject, settings, rewriter, evaluator, steps, timed).cost_model
         counts = multiply_add_cost_model(subject.graph, evaluator.timer.calls)
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)

@@ -110,7 +110,7 @@ class Alone:
             graph = self._applied(search.rewriter, changes)
             if graph is None:
                 continue
-            cost = search.prices.cost(graph)
+            cost = search.cost_model.cost(graph)
             if cost <= most * (1 + 1e-9):
                 return changes, attempt
             saving += cost - most + STEP * search.whole

@@ -29,7 +29,7 @@ def searched(subject: Subject) -> dict[str, Callable[[], Row]]:
     def find(design: Design) -> Row:
         search, timed = search_until(subject, design)
         speeds = {name: speedup._asdict() for name, speedup in speedups_over(ORIGINAL, timed).items()}
-        whole = search.whole / search.prices.cost(subject.graph(design))
+        whole = search.whole / search.cost_model.cost(subject.graph(design))
         facts = {"equal": design.name, "predicted": {design.name: whole, "auto": search.speedup}, "speedups": speeds}
         return facts | {"sweeps": search.sweeps} | subject.whole_row(search.graph, search.changes)
 
@@ -47,7 +47,7 @@ def search_until(subject: Subject, design: Design) -> tuple[planner.Search, dict
         journal = Journal(f"searches of {subject.traced.model.name}", subject.work / "searches.jsonl")
         rewriter = planner.make_rewriter(subject.traced, options)
         search = planner.prepare_search(subject.traced, options, rewriter, evaluator, Steps(), journal)
-        enough = search.whole / search.prices.cost(wanted)
+        enough = search.whole / search.cost_model.cost(wanted)
         planner.run_search(search, Steps(), enough)
         search.milder(enough)
         timed = latencies(evaluator, {ORIGINAL: subject.traced.graph, design.name: wanted, "auto": search.graph})

@@ -228,7 +228,7 @@ class SwapRound:
         return True
 
     def _cost(self, swap: Swap) -> float:
-        return self.search.prices.cost(self.graph(swap)[1])
+        return self.search.cost_model.cost(self.graph(swap)[1])
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ def _shorter_model(graph: Graph, model: Model, weights: Mapping[str, torch.Tenso
         if nemotron_nas.lacks_branches(graph, module):
             shorter: Any = nemotron_nas.shorter_model(graph, module, weights)
         else:
-            shorter = _without_blocks(module, _unread_blocks(graph, module), weights)
+            shorter = _without_blocks(module, _unused_blocks(graph, module), weights)
     except RuntimeError as error:  # the module that the config describes has other weights
         raise CheckpointError(f"--target {TRANSFORMERS}: {ADVICE}.") from error
     shorter.tie_weights()
@@ -333,19 +333,19 @@ def _without_blocks(module: Any, removed: Sequence[str], weights: Mapping[str, t
     return shorter
 
 
-def _unread_blocks(graph: Graph, module: torch.nn.Module) -> list[str]:
+def _unused_blocks(graph: Graph, module: torch.nn.Module) -> list[str]:
     """Return the paths of the blocks, entries of a ModuleList with weights, of which the graph reads no weight."""
     import torch
 
     from passes.rewrite.remove_blocks import weights_read
 
-    read, unread = weights_read(graph), []
+    read, unused = weights_read(graph), []
     for path, stack in module.named_modules():
         for name, block in stack.named_children() if isinstance(stack, torch.nn.ModuleList) else ():
             own = [f"{path}.{name}.{inner}" for inner, _ in block.named_parameters()]
             if own and not read.intersection(own):
-                unread.append(f"{path}.{name}")
-    return unread
+                unused.append(f"{path}.{name}")
+    return unused
 
 
 def _weights(graph: Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:

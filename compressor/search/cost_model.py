@@ -64,11 +64,11 @@ class CostModel:
 
     def count(self, graph: Graph) -> Works:
         """Return the work of each call on a graph."""
-        return tuple(price.counter.count(graph) for price in self.calls.values())
+        return tuple(call.counter.count(graph) for call in self.calls.values())
 
     def of(self, works: Works) -> float:
         """Return the cost of all calls in `unit`."""
-        costs = (_features(work) @ price.weights for work, price in zip(works, self.calls.values(), strict=True))
+        costs = (_features(work) @ call.weights for work, call in zip(works, self.calls.values(), strict=True))
         return max(float(sum(costs)), TINY)
 
     def cost(self, graph: Graph) -> float:
@@ -77,17 +77,17 @@ class CostModel:
 
     def multiply_adds(self, works: Works) -> int:
         """Return the multiply-adds of all calls, each counted `times` times."""
-        return sum(price.times * work.multiply_adds for work, price in zip(works, self.calls.values(), strict=True))
+        return sum(call.times * work.multiply_adds for work, call in zip(works, self.calls.values(), strict=True))
 
     @property
     def timings(self) -> dict[str, float]:
         """Return the milliseconds of all calls by engine."""
-        return _summed([price.timings for price in self.calls.values()])
+        return _summed([call.timings for call in self.calls.values()])
 
     @property
     def error(self) -> float:
         """Return the largest relative error of the model on the engines it was fitted to; 0 for multiply-adds."""
-        fitted = _summed([price.fitted for price in self.calls.values()])
+        fitted = _summed([call.fitted for call in self.calls.values()])
         return max((abs(fitted[name] / value - 1.0) for name, value in self.timings.items()), default=0.0)
 
 

@@ -103,7 +103,7 @@ class Search:
         effects: measures output divergence on calibration samples.
         preview: measures it on few of them first; None measures on all at once.
         validation: measures the loss that `limit` bounds.
-        prices: cost model of rewritten graphs.
+        cost_model: cost of rewritten graphs.
         actions: actions allowed on a unit.
         limit: largest loss on validation data, in percent.
         fitting: calibration samples on which the maps of candidates are fitted; the map of an accepted candidate is
@@ -126,7 +126,7 @@ class Search:
     rewriter: Rewriter
     effects: OutputDivergence
     validation: ValidationLoss
-    prices: CostModel
+    cost_model: CostModel
     actions: Sequence[str]
     limit: float
     fitting: Split
@@ -145,12 +145,12 @@ class Search:
     fronts: list[_Candidates] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.work = self.prices.count(self.rewriter.original)
-        self.whole = self.prices.of(self.work)
+        self.work = self.cost_model.count(self.rewriter.original)
+        self.whole = self.cost_model.of(self.work)
         self.graph = self.rewriter.apply_changes(self.given)
         self.graphs.append(self.graph)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
-        self.cost = self.prices.cost(self.reduced)
+        self.cost = self.cost_model.cost(self.reduced)
         self.front = _Candidates(self)
 
     @property
@@ -219,7 +219,7 @@ class Search:
         self.steps, self.graphs, self.fronts = list(path.steps), list(path.graphs), list(path.fronts)
         self.graph, self.front = self.graphs[-1], path.front.copy()
         self.reduced = self.rewriter.reduced(self.graph, self.changes)
-        self.cost = self.steps[-1].cost if self.steps else self.prices.cost(self.reduced)
+        self.cost = self.steps[-1].cost if self.steps else self.cost_model.cost(self.reduced)
         self.exceeded.clear()
 
     def without_merges(self) -> Search:
@@ -336,11 +336,11 @@ class Search:
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
-            work = self.prices.count(reduced)
-            self.graph, self.reduced, self.cost = graph, reduced, self.prices.of(work)
+            work = self.cost_model.count(reduced)
+            self.graph, self.reduced, self.cost = graph, reduced, self.cost_model.of(work)
             self.exceeded.clear()
             divergence = self.front.base + added
-            counted = self.prices.multiply_adds(work)
+            counted = self.cost_model.multiply_adds(work)
             self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
             self.graphs.append(graph)
             self.fronts.append(before)
@@ -509,7 +509,7 @@ class _Candidates:
                 self._refuse((name, "drop"), f"drop refused: {error}")
                 del self.saved[name, "drop"]
                 continue
-            more = self.search.cost - self.search.prices.cost(dropped) - self.saved[name, "drop"]
+            more = self.search.cost - self.search.cost_model.cost(dropped) - self.saved[name, "drop"]
             for candidate in self.saved:
                 if candidate[0] == name:
                     self.saved[candidate] += more
@@ -625,4 +625,4 @@ class _Candidates:
         unchanged, divergences = effects.measure(search.reduced, variants)
         search.journal.note(base, unchanged)
         for candidate, divergence in divergences.items():
-            search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])
+            search.journal.note(keys[candidate], [divergence, search.cost_model.cost(variants[candidate]), ""])

@@ -205,7 +205,7 @@ def _searched(
     subject: TracedModel, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
 ) -> Choice:
     search = prepare_search(subject, settings, rewriter, evaluator, steps)
-    goal = _goal(settings, search.prices)
+    goal = _goal(settings, search.cost_model)
     timed: list[dict[str, Any]] = []
     if goal == math.inf:
         run_search(search, steps)
@@ -284,7 +284,7 @@ def _measured(
     """
     designs = {"as it is": subject.graph, "result": evaluator.builder.fold(search.reduced)}
     before, after = map(evaluator.timer.total, evaluator.time(designs, steps).values())
-    return before / after if settings.latency is None else search.prices.timings["as it is"] / after
+    return before / after if settings.latency is None else search.cost_model.timings["as it is"] / after
 
 
 def run_search(search: Search, steps: Steps, enough: float = math.inf) -> None:
@@ -432,10 +432,10 @@ def _merged(rewriter: Rewriter) -> dict[str, Graph]:
         return {}
 
 
-def _goal(settings: Settings, prices: CostModel) -> float:
+def _goal(settings: Settings, costs: CostModel) -> float:
     """Return the speed-up that ``--speedup`` or ``--latency`` requires; infinity without either."""
     if settings.latency is not None:
-        return prices.timings["as it is"] / settings.latency
+        return costs.timings["as it is"] / settings.latency
     return math.inf if settings.speedup is None else settings.speedup
 
 
@@ -449,7 +449,7 @@ def rule(settings: Settings) -> str:
 
 def facts_of(search: Search) -> dict[str, Any]:
     """Return effort, cost model and steps of a search as plain JSON values."""
-    prices = search.prices
+    fitted = search.cost_model
     return {
         "actions": list(search.actions),
         "samples": len(search.effects.split),
@@ -464,18 +464,18 @@ def facts_of(search: Search) -> dict[str, Any]:
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
         "prices": {
-            "unit": prices.unit,
+            "unit": fitted.unit,
             "sites": fingerprint(search.rewriter.sites),
-            "source": prices.source,
-            "timings": prices.timings,
-            "largest_error": prices.error,
+            "source": fitted.source,
+            "timings": fitted.timings,
+            "largest_error": fitted.error,
             "calls": {
                 name: {
-                    "times": price.times,
-                    "shapes": {key: list(shape) for key, shape in price.shapes.items()},
-                    "timings": dict(price.timings),
+                    "times": call.times,
+                    "shapes": {key: list(shape) for key, shape in call.shapes.items()},
+                    "timings": dict(call.timings),
                 }
-                for name, price in prices.calls.items()
+                for name, call in fitted.calls.items()
             },
         },
         "steps": [asdict(step) for step in search.steps],
@@ -502,7 +502,7 @@ def points_of(search: Search, model: str) -> list[Point]:
     costs = [search.whole, *(step.cost for step in search.steps)]
     losses = [0.0, *(step.loss for step in search.steps)]
     divergences = [0.0, *(step.divergence for step in search.steps)]
-    work = [search.prices.multiply_adds(search.work), *(step.multiply_adds for step in search.steps)]
+    work = [search.cost_model.multiply_adds(search.work), *(step.multiply_adds for step in search.steps)]
     kept = efficient(costs, losses)
     return [
         Point(

@@ -99,7 +99,7 @@ class Part:
             self.graph.outputs.append(returned[old])
         common.RemoveUnusedNodesPass()(self.model)
         self._check(own.values())
-        self._drop_unread()
+        self._drop_unused()
 
     def replace(self, foreign: Sequence[ir.Value], own: Values) -> None:
         """Replace inputs by other values; nothing by default.
@@ -164,7 +164,7 @@ class Part:
                         f"of the whole model; expected {self.expected}."
                     )
 
-    def _drop_unread(self) -> None:
+    def _drop_unused(self) -> None:
         """Remove initializers that no node reads, and inputs that no node reads."""
         for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
             del self.graph.initializers[name]

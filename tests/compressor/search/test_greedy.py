@@ -639,7 +639,7 @@ def test_a_replayed_plan_gives_the_graph_of_the_search(begin):
             assert torch.equal(left, right)
     assert search.steps
     assert search.steps[-1].loss == search.validation.loss(again).percent <= search.limit + 1e-9
-    assert search.steps[-1].cost == search.prices.cost(again)
+    assert search.steps[-1].cost == search.cost_model.cost(again)
     if begin is on_a_small_model:
         assert len(set(plan.changes.values())) > 1
 
@@ -688,7 +688,7 @@ def test_drops_alone_equal_an_exhaustive_greedy_search(seed):
     model, graph, sites, split = small(spread(seed=seed))
     search = begun(model, graph, sites, split, DROPS)
     search.run()
-    rewriter, effects, prices, order, now = search.rewriter, search.effects, search.prices, [], graph
+    rewriter, effects, prices, order, now = search.rewriter, search.effects, search.cost_model, [], graph
     while len(order) < len(sites):
         forks = {site.name: rewriter.changed(now, site.name, "drop") for site in sites if site.name not in order}
         base, divergences = effects.measure(now, forks)
@@ -762,7 +762,7 @@ def test_savings_are_updated_when_fewer_tokens_are_read(monkeypatch):
     after = search.front.saved
     for name, action in search.front.candidates:
         fork = search.rewriter.changed(search.graph, name, action)
-        assert after[name, action] == search.cost - search.prices.cost(fork)
+        assert after[name, action] == search.cost - search.cost_model.cost(fork)
     assert after[middle, "drop"] > before[middle, "drop"]
 
 
@@ -802,7 +802,7 @@ def test_a_branch_is_changed_in_the_graph_whose_tokens_are_merged_already(action
             continue
         changed = search.candidate(name, action, every.get(name))
         fast += changed.history[-1].name != "ReduceTokens"
-        assert search.prices.count(changed) == search.prices.count(merged)
+        assert search.cost_model.count(changed) == search.cost_model.count(merged)
         for feeds in tensor_batches(split):
             for ours, expected in zip(run(changed, feeds), run(merged, feeds), strict=True):
                 torch.testing.assert_close(ours, expected)

@@ -89,7 +89,8 @@ def test_the_faster_plan_that_holds_is_taken(choice, merging, others):
     assert told["kept"] == kept
     assert bool(found.plan.changes) == kept
     assert not found.plan.merges
-    assert found.facts["predicted_speedup"] == pytest.approx(found.search.whole / found.search.prices.cost(found.graph))
+    expected = found.search.whole / found.search.cost_model.cost(found.graph)
+    assert found.facts["predicted_speedup"] == pytest.approx(expected)
     assert {trial.loss for trial in decision.trials} == {0.0 if kept else 9.0}
     assert {trial["loss"] for trial in told["trials"]} == {9.0}
     (sentence,) = sentences(found.facts)
