@@ -185,9 +185,15 @@ def _quantized(module: Any, example: tuple[Any, ...], names: list[str], options:
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    class LinearQuantizer(xnnpack.XNNPACKQuantizer):  # type: ignore[misc]
+        """Leaves the graph as it is; XNNPACK's turns numbers in sums and products into floats, of indices too."""
+
+        def transform_for_annotation(self, model: Any) -> Any:
+            return model
+
     dynamic = options.precision == "int8-dynamic"
     style = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
-    quantizer = xnnpack.XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, style)
+    quantizer = LinearQuantizer().set_operator_type(torch.ops.aten.linear.default, style)
     prepared = prepare_pt2e(module, quantizer)
     if options.samples is None or dynamic:
         prepared(*example)  # the weight observers need one run

@@ -169,6 +169,29 @@ def test_int8_differs_by_rounding_only(vision, tmp_path, precision):
     assert np.abs(found - y).max() > TOLERANCE  # float32 would have no larger error
 
 
+class Shifted(torch.nn.Module):
+    """Rows of x W^T + b, chosen by indices that are computed from integers and numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = Vision().linear
+
+    def forward(self, x, ids):
+        return (self.linear(x).index_select(0, ids[0] * 2 + 1),)
+
+
+@pytest.mark.parametrize("precision", target.own)
+def test_indices_stay_integers_in_int8(folder, tmp_path, precision):
+    names, x = ["pixel_values", "input_ids"], torch.from_numpy(pixels(4))
+    ids = torch.tensor([[1, 0]])
+    path = saved(tmp_path / "shifted.pt2", Shifted(), (x, ids), None, names, ["chosen"])
+    feeds = dict(zip(names, (x.numpy(), ids.numpy()), strict=True))
+    options = BuildOptions(threads=1, batches=(1, 4, 4), precision=precision, samples=lambda: iter([feeds]))
+    with target.load(target.build(path, tmp_path, options), options) as engine:
+        found = engine.run(feeds)["chosen"]
+    assert np.abs(found - expected(x.numpy()[[3, 1]])).max() < 0.5  # of values up to 20; int8 rounds by less than 0.3
+
+
 class Attention(torch.nn.Module):
     """Attention without a mask, attention with a boolean mask, and a matrix product."""
 

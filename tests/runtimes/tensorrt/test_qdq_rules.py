@@ -131,7 +131,7 @@ def test_subnormal_fp16_scales_are_rare_and_accurate(int8):
     ("activations", "least", "zero_points"),
     [
         ("QInt8", 770, 700),  # the default of ONNX Runtime 1.31, int8 with zero points; measured 786
-        # the default of earlier versions, two violations per activation; measured 1,678 in an earlier file
+        # the default of earlier versions, two violations per activation; measured 1,678 in an earlier file, 742 of uint8
         pytest.param("QUInt8", 1300, 700, marks=pytest.mark.slow),
     ],
 )
@@ -145,7 +145,7 @@ def test_default_quantization_violates_the_rules(deit, activations, least, zero_
     assert rules["a zero point other than 0"] > zero_points
     # DeiT-Tiny has 48 Linear layers as MatMul and Add, and 27 other biases: patch embedding, head and 25 norms.
     assert (rules["and its bias"], rules["leave biases in float"]) == (48, 27)
-    assert (rules["type uint8"] > 750) == (activations == "QUInt8")
+    assert (rules["type uint8"] > 700) == (activations == "QUInt8")
 
 
 def test_exported_files_violate_no_rule(deit, int8):
