@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ def apply_fixed_plan(
     """Make and apply a plan without a search; with `bounds`, rank the sites within a memory limit."""
     rewriter = make_rewriter(subject, settings)
     plan, facts, measurements = _fixed_plan(subject, settings, steps, bounds)
-    plan = with_token_merging(plan, merge_schedule(settings.tokens, subject.sites))
+    plan = with_token_merging(plan, merge_schedule(settings.tokens, subject.sites, plan.changes))
     if bounds is not None:
         _check_dropping(plan)
     if settings.target == TRANSFORMERS:
@@ -352,32 +352,52 @@ def _split_calibration(calibration: Split, settings: Settings) -> tuple[Split, S
     return measured, calibration.beside(measured, count)
 
 
-def merge_schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
+def merge_schedule(tokens: str, sites: Sequence[Site], changed: Collection[str] = ()) -> dict[str, str]:
     """Return the merge action of each attention site for ``--tokens``; empty for ``auto`` and ``none``.
 
-    A single number is merged after every attention; several numbers are merged after one attention each. A percentage
-    of the tokens is merged in two steps of equal share, after a quarter and a half of the attentions.
+    A single number is merged after every attention that a plan keeps; several numbers are merged after one attention
+    each, whether the plan keeps it or not. A percentage of the tokens is merged in two steps of equal share, after a
+    quarter and a half of the kept attentions, or in one if the plan keeps only one.
+
+    Args:
+        tokens: the value of ``--tokens``.
+        sites: all sites of the model.
+        changed: names of the sites that the plan changes.
 
     Raises:
-        ChoiceError: the number of values differs from the number of attentions, or the model has no attention.
+        ChoiceError: the number of values differs from the number of attentions, the model has no attention, the plan
+            keeps none, or it keeps one and half of the tokens or more are to be merged.
     """
     names = [site.name for site in sites if site.kind == "attention"]
+    kept = [name for name in names if name not in changed]
     if tokens in ("auto", "none"):
         return {}
-    if not names:
-        raise ChoiceError(
-            f"--tokens {tokens} merges tokens after attentions, but the model has none; leave out --tokens."
-        )
+    if not kept:
+        lack = "the plan keeps no attention" if names else "the model has none"
+        raise ChoiceError(f"--tokens {tokens} merges tokens after attentions, but {lack}; leave out --tokens.")
     if tokens.endswith("%"):
-        share = round(100.0 * (1.0 - math.sqrt(1.0 - int(tokens[:-1]) / 100.0)))
-        return dict.fromkeys((names[len(names) // 4], names[len(names) // 2]), f"merge:{share}%")
+        return _share_schedule(int(tokens[:-1]), kept)
     numbers = [int(number) for number in tokens.split(",")]
-    numbers = numbers * len(names) if len(numbers) == 1 else numbers
+    if len(numbers) == 1:
+        return {name: f"merge:{numbers[0]}" for name in kept if numbers[0]}
     if len(numbers) != len(names):
         raise ChoiceError(
             f"--tokens has {len(numbers)} numbers, but the model has {len(names)} attentions; give one number for each."
         )
     return {name: f"merge:{number}" for name, number in zip(names, numbers, strict=True) if number}
+
+
+def _share_schedule(percent: int, kept: Sequence[str]) -> dict[str, str]:
+    """Return the merges of a percentage of the tokens after some attentions of those that a plan keeps."""
+    if len(kept) > 1:
+        share = round(100.0 * (1.0 - math.sqrt(1.0 - percent / 100.0)))
+        return dict.fromkeys((kept[len(kept) // 4], kept[len(kept) // 2]), f"merge:{share}%")
+    if percent >= 50:
+        raise ChoiceError(
+            f"--tokens {percent}% is merged after two attentions, but the only one that the plan keeps is {kept[0]}, "
+            "after which less than half of the tokens can be merged; give less than 50%."
+        )
+    return {kept[0]: f"merge:{percent}%"}
 
 
 def _prices(

@@ -195,7 +195,8 @@ def with_token_merging(plan: Plan, merges: Mapping[str, str]) -> Plan:
     changed = sorted(set(merges) & set(plan.changes))
     if changed:
         raise PassError(
-            f"tokens cannot be merged after {changed[0]}, which the plan changes; merge after kept sites only."
+            f"tokens cannot be merged after {changed[0]}, which the plan changes; merge after kept sites only, with 0 "
+            "at the others."
         )
     decisions = tuple(
         replace(decision, action=merges[decision.site], reason="tokens are merged behind it, as asked for")

@@ -1,4 +1,4 @@
-"""The journal of a search belongs to its settings, weights and samples, not to their names."""
+"""Merges beside a plan; the journal of a search belongs to its settings, weights and samples, not to their names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from compressor.lower.traced_model import TracedModel
-from compressor.search.planner import journal_of
+from compressor.search.planner import ChoiceError, journal_of, merge_schedule
 from compressor.settings import Settings
 from passes.analysis.counted_cost import Costs
 from passes.graph.graph import attribute
@@ -68,3 +69,29 @@ def test_the_digest_of_a_split_is_that_of_its_content() -> None:
     assert split.digest() == dataclasses.replace(split, name="test").digest()
     turned = dataclasses.replace(split, indices=tuple(np.roll(split.indices, 1).tolist()))
     assert split.digest() != turned.digest()
+
+
+def test_tokens_are_merged_after_the_attentions_that_a_plan_keeps() -> None:
+    sites = digits()[3]
+    names = [site.name for site in sites if site.kind == "attention"]
+    kept = names[:1] + names[2:]
+    assert merge_schedule("4", sites, names[1:2]) == dict.fromkeys(kept, "merge:4")
+    share = merge_schedule("50%", sites, names[:3])
+    assert list(share) == [names[3 + (len(names) - 3) // 4], names[3 + (len(names) - 3) // 2]]
+    assert set(share.values()) == {"merge:29%"}  # (1 - 0.29)^2 is half
+    assert merge_schedule("40%", sites, names[1:]) == {names[0]: "merge:40%"}
+    numbers = ",".join("0" if name == names[1] else "2" for name in names)
+    assert merge_schedule(numbers, sites, names[1:2]) == dict.fromkeys(kept, "merge:2")
+
+
+def test_tokens_that_cannot_be_merged_are_one_sentence() -> None:
+    sites = digits()[3]
+    names = [site.name for site in sites if site.kind == "attention"]
+    for changed, words in (
+        (names, "the plan keeps no attention; leave out"),
+        (names[1:], f"the only one that the plan keeps is {names[0]}, after which less than half"),
+    ):
+        with pytest.raises(ChoiceError, match=words):
+            merge_schedule("50%", sites, changed)
+    with pytest.raises(ChoiceError, match="the model has none; leave out"):
+        merge_schedule("8", [site for site in sites if site.kind != "attention"])

@@ -131,7 +131,8 @@ def test_subnormal_fp16_scales_are_rare_and_accurate(int8):
     ("activations", "least", "zero_points"),
     [
         ("QInt8", 770, 700),  # the default of ONNX Runtime 1.31, int8 with zero points; measured 786
-        # the default of earlier versions, two violations per activation; measured 1,678 in an earlier file, 742 of uint8
+        # the default of earlier versions, two violations per activation; measured 1,678 in an earlier file, of which
+        # 742 are of uint8
         pytest.param("QUInt8", 1300, 700, marks=pytest.mark.slow),
     ],
 )
