@@ -247,11 +247,10 @@ def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Se
         )
     quantized = None if result is None else result.quantized
     if quantized is not None and quantized.kept:
-        yield Limitation(
-            f"{precision} of all layers",
-            f"{len(quantized.kept)} layers compute in float, for accuracy or because they cannot be quantized: "
-            f"{_some([kept.module or kept.node for kept in quantized.kept])}",
-        )
+        count = len(quantized.kept)
+        names = [f"{kept.module or kept.node} ({kept.reason})" for kept in quantized.kept]
+        noun = "layer computes" if count == 1 else "layers compute"
+        yield Limitation(f"{precision} of all layers", f"{count} {noun} in float: {_some(names)}")
 
 
 def _float32_layers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:

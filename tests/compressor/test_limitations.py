@@ -248,13 +248,24 @@ def test_a_fallback_or_unmeasured_precision_is_a_limitation():
     assert features(limitations_of(subject(), "int4", {}, (blind,), BUILT)) == ["loss of the precisions"]
 
 
-def test_float_layers_are_named():
-    kept = [types.SimpleNamespace(module=f"blocks.{number}", node="n") for number in range(7)]
+@pytest.mark.parametrize(
+    ("count", "start", "end"),
+    [
+        (
+            7,
+            "7 layers compute in float: blocks.0 (LSTM is not quantized), ",
+            "blocks.4 (LSTM is not quantized) and 2 more",
+        ),
+        (1, "1 layer computes in float: ", ": blocks.0 (LSTM is not quantized)"),
+    ],
+)
+def test_float_layers_are_named_with_their_reason(count, start, end):
+    kept = [Kept("n", f"blocks.{number}", "LSTM is not quantized") for number in range(count)]
     inner = types.SimpleNamespace(kept=kept)
     converted = {"result": Converted("int8", "compressor", 0.1, inner)}
     (limitation,) = limitations_of(subject(), "int8", converted, (), BUILT)
-    assert limitation.reason.startswith("7 layers")
-    assert limitation.reason.endswith("blocks.4 and 2 more")
+    assert limitation.reason.startswith(start)
+    assert limitation.reason.endswith(end)
 
 
 @pytest.mark.parametrize(
