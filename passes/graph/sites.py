@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ CHANNELS_FIRST_OPS = CONV_OPS | {
 NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 CROSS_ATTENTION = "cross_attention"  # the kind of an attention whose keys and values come from another sequence
 ATTENTIONS = ("attention", CROSS_ATTENTION)
+PARAMETRIZATIONS = "parametrizations"  # the part of a module that computes its weights, by torch.nn.utils
+CALL_NUMBER = re.compile(r"@\d+")  # behind the path of a module that is called again
 
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
@@ -355,11 +358,27 @@ def _base_name(graph: Graph, candidate: _Candidate) -> str:
     read = {source for node in candidate.nodes for source in node.all_input_nodes}
     matrices = [node for node in candidate.weights if _is_matrix(attribute(graph, node))] or list(candidate.weights)
     own = [node for node in matrices if node in read] or matrices
-    paths = [str(node.target).removeprefix(graph.prefix).split(".")[:-1] for node in own]
+    paths = [_owner(graph, node, candidate) for node in own]
     shared = paths[0]
     for path in paths[1:]:
         shared = [a for a, _ in _common(shared, path)]
     return ".".join(shared) or candidate.add.name
+
+
+def _owner(graph: Graph, weight: fx.Node, candidate: _Candidate) -> list[str]:
+    """Return the path of the module that a weight of a branch belongs to.
+
+    A weight that several modules share has the name of the first of them, so that its owner here is the module which
+    computes with it. A parametrization, such as that of weight norm, belongs to the module whose weight it computes.
+    """
+    path = str(weight.target).removeprefix(graph.prefix).split(".")[:-1]
+    if PARAMETRIZATIONS in path:
+        path = path[: path.index(PARAMETRIZATIONS)]
+    for user in weight.users:
+        module = CALL_NUMBER.sub("", _module_path(user).removeprefix(graph.prefix)).split(".")
+        if user in candidate.nodes and module != [""] and path[: len(module)] != module[: len(path)]:
+            return module
+    return path
 
 
 def _is_matrix(weight: torch.Tensor) -> bool:

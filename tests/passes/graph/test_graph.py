@@ -317,3 +317,36 @@ def test_scores_whose_last_axis_varies_are_no_site():
     assert find_sites(graph) == ()
     rows = graph.placeholders()[0].meta["val"].shape[0]
     assert not str(rows).isdecimal()
+
+
+class Block(nn.Module):
+    """A norm and an MLP on a trunk of width 8, with the weights of `other` if there is one."""
+
+    def __init__(self, other=None):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        if other is not None:
+            self.up.weight, self.down.weight = other.up.weight, other.down.weight
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def stacked(blocks):
+    """Trace blocks one after the other, between linear maps; return the names of their sites."""
+    model = nn.Sequential(nn.Linear(8, 8), *blocks, nn.Linear(8, 8))
+    return [site.name for site in find_sites(trace(models.load(model, example_inputs=torch.rand(2, 5, 8))))]
+
+
+def test_branches_with_shared_weights_have_the_names_of_their_modules():
+    """Torch names a shared weight once, by one of the modules that hold it."""
+    first = Block()
+    assert stacked([first, Block(first), Block(first)]) == ["1.mlp", "2.mlp", "3.mlp"]
+    assert stacked([first, Block(), first]) == ["1.mlp", "2.mlp", "3.mlp"]
+
+
+def test_a_parametrized_weight_belongs_to_the_module_that_it_is_computed_for():
+    block = Block()
+    block.up = nn.Identity()
+    block.down = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    assert stacked([block]) == ["1.down"]
