@@ -236,9 +236,8 @@ def fixed_size(images: torch.Tensor) -> Limitation:
         images: example inputs [batch, channels, height, width].
     """
     channels, height, width = images.shape[1:]
-    return Limitation(
-        "image size", f"the export takes only images of {height} x {width} pixels with {channels} channels"
-    )
+    noun = "channel" if channels == 1 else "channels"
+    return Limitation("image size", f"the export takes only images of {height} x {width} pixels with {channels} {noun}")
 
 
 def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from compressor.data.splits import Batch, Split
 from compressor.executor.base import Executor, InProcess
 from compressor.models import Model
 from compressor.models.base import EvaluatedOutput
-from compressor.quality.budget import Budget
+from compressor.quality.budget import Budget, BudgetError
 from compressor.quality.evaluate import (
     BATCH,
     EvaluationError,
@@ -27,6 +27,7 @@ from compressor.quality.evaluate import (
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns
+from compressor.quality.metrics import METRICS
 from passes.execute.interpreter import Program
 from passes.graph.graph import Graph
 
@@ -83,6 +84,22 @@ class ValidationLoss:
     def averages(self) -> bool:
         """Whether the loss is a mean of losses between 0 and 1 per sample."""
         return self.bounded.sample_losses(self._whole) is not None
+
+    def check_certifiable(self, fresh: Split | None) -> None:
+        """Check that a confidence bound of the loss on fresh samples can be computed.
+
+        Raises:
+            BudgetError: there are no samples that the search does not see, or the loss is no mean over samples.
+        """
+        if fresh is None:
+            raise BudgetError("--confidence needs samples that the search does not see; give at least 4 samples")
+        if not self.averages:
+            judged = self.bounded.judged
+            name = METRICS[judged].label if judged in METRICS else judged
+            raise BudgetError(
+                f"--confidence bounds a mean of losses between 0 and 1 per sample, which {name} is not; leave out "
+                "--confidence, or give another --budget"
+            )
 
     def loss(self, graph: Graph, *, limit: float = math.inf) -> Loss:
         """Measure the loss of a rewritten graph against the original.

@@ -23,12 +23,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from compressor.errors import CompressorError
 from compressor.lower.traced_model import TracedModel
 from compressor.quality.budget import samples_needed, upper_bound
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import Array
-from compressor.quality.metrics import METRICS
 from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search.planner import Choice
 from compressor.settings import Settings
@@ -37,10 +35,6 @@ from compressor.workspace.progress import Steps
 LOST = 1.0  # further samples that are taken to be lost in full
 SHARE = 0.25  # of the samples; an export without a budget has no decision split, and its test split is larger
 ATTEMPTS = 4  # engines that are judged before the export goes on without changes
-
-
-class DecisionError(CompressorError):
-    """The loss has no confidence bound."""
 
 
 @dataclass(frozen=True)
@@ -96,28 +90,15 @@ class Decision:
 
     @staticmethod
     def of(subject: TracedModel, settings: Settings, steps: Steps) -> Decision | None:
-        """Return the decision of an export; None without a budget or a decision split.
-
-        Raises:
-            DecisionError: a confidence is asked for, but there are no samples, or the loss is no mean over samples.
-        """
+        """Return the decision of an export; None without a budget or a decision split."""
         if not share_of(settings):
             return None
         confidence = None if settings.confidence is None else settings.confidence / 100.0
         if subject.data.decision is None:
-            if confidence is not None:
-                raise DecisionError("--confidence needs samples that the search does not see; give at least 4 samples")
             return None
         with steps.step("run the original on fresh samples"):
             losses = ValidationLoss(
                 subject.graph, subject.model, subject.data.decision, subject.metric, settings.budget, subject.executor
-            )
-        if confidence is not None and losses.sample_losses(subject.graph) is None:
-            judged = losses.bounded.judged
-            name = METRICS[judged].label if judged in METRICS else judged
-            raise DecisionError(
-                f"--confidence bounds a mean of losses between 0 and 1 per sample, which {name} is not; leave out "
-                "--confidence, or give another --budget"
             )
         return Decision(losses, settings.loss_limit, confidence)
 

@@ -308,7 +308,11 @@ def prepare_search(
     steps: Steps,
     journal: Journal | None = None,
 ) -> Search:
-    """Prepare a search; `journal` is the file next to the output folder by default."""
+    """Prepare a search; `journal` is the file next to the output folder by default.
+
+    Raises:
+        BudgetError: a confidence is asked for, and the loss or the data have no bound for it.
+    """
     measured, fitted = _split_calibration(subject.data.calibration, settings)
     effects = output_divergence(subject, measured, steps)
     preview = preview_of(subject, measured, steps)
@@ -316,6 +320,8 @@ def prepare_search(
         validation = ValidationLoss(
             subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget, subject.executor
         )
+    if settings.confidence is not None:
+        validation.check_certifiable(subject.data.decision)
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
         if (message := journal.message()) is not None:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 import compressor
 from compressor.data.splits import Shares
 from compressor.lower.traced_model import load
-from compressor.quality.budget import Budget
+from compressor.quality.budget import Budget, BudgetError
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.validation_loss import Loss
-from compressor.search.decision import ATTEMPTS, SHARE, Decision, DecisionError, sentence, share_of
+from compressor.search import planner
+from compressor.search.decision import ATTEMPTS, SHARE, Decision, sentence, share_of
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.execute.interpreter import Program
@@ -276,10 +277,27 @@ def test_only_a_search_with_a_limit_takes_samples_for_the_decision():
 FEW = {"actions": "drop", "tokens": "none", "cost": "macs", "rounds": 1, "samples": 320}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"budget": "divergence"}, "which divergence is not"), ({"budget": "agreement"}, None)],
+)
+def test_a_loss_without_a_bound_is_refused_before_the_search(tmp_path, monkeypatch, options, words):
+    class SearchBegan(Exception):
+        pass
+
+    def begin(*_):
+        raise SearchBegan
+
+    monkeypatch.setattr(planner, "run_search", begin)
+    options = options | {"confidence": 90.0, "data": DIGITS, "output": tmp_path / "out"}
+    with pytest.raises(SearchBegan if words is None else BudgetError, match=words):
+        compressor.export(five_blocks(tmp_path / "model", kept=(0, 9)), **FEW | options)
+
+
 def test_a_confidence_needs_samples(tmp_path):
     rows = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
     np.save(tmp_path / "three.npy", rows)
-    with pytest.raises(DecisionError, match="at least 4 samples"):
+    with pytest.raises(BudgetError, match="at least 4 samples"):
         compressor.export(
             five_blocks(tmp_path / "model", kept=(0, 9)),
             data=tmp_path / "three.npy",
