@@ -256,9 +256,9 @@ def _completed(content: Json, plan: PlanFields, part: Json, latency: Mapping[str
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
     limitations = (*before.limitations, *(new for new in of_engine(engine) if new not in before.limitations))
     report = replace(before, latency=dict(latency), engine=engine, limitations=limitations)
-    of_latency = (*before.missed(), *precision_notes(before), NO_PAGE)
+    of_latency = (*before.missed(), *before.slower(), *precision_notes(before), NO_PAGE)
     kept = tuple(note for note in before.notes if note not in of_latency)
-    return replace(report, notes=(*kept, *precision_notes(report), *report.missed()))
+    return replace(report, notes=(*kept, *precision_notes(report), *report.slower(), *report.missed()))
 
 
 def _json(content: Json, report: Report) -> Json:

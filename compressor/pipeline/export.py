@@ -537,15 +537,15 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes, healed = [*resumed(report.search), *price_notes(report.search)], rewritten.healed
     notes += [*without_merges.sentences(report.search), *depth_order.sentences(report.search)]
     if "decision" in report.search:
-        notes.append(decision_sentence(report.search["decision"]))
+        notes.append(decision_sentence(report.search["decision"], settings.tokens))
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:
         notes.append(_unchanged(report, settings))
     if report.quality is not None and settings.drop == "auto":
         lost = report.quality.bounded_loss(settings.budget)
         if lost > settings.loss_limit:
+            advice = "; use more samples for a more reliable choice" if rewritten.choice.count else ""
             notes.append(
-                f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %; use more "
-                "samples for a more reliable choice."
+                f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %{advice}."
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
@@ -559,7 +559,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
-    return (*notes, *report.missed(), *report.exceeded())
+    return (*notes, *report.slower(), *report.missed(), *report.exceeded())
 
 
 def _cross_caches(subject: TracedModel, rewritten: _Rewritten) -> Iterator[str]:

@@ -306,6 +306,15 @@ class Report:
             sentences.append(f"The result takes {median:.4g} ms, not {latency:g} ms as asked for{advice}")
         return tuple(sentences)
 
+    def slower(self) -> tuple[str, ...]:
+        """Return a sentence if the result is slower than another variant: the interval of the speed-up is below 1."""
+        measured = [
+            f"{ratio.ratio:.3g}x the speed of the {name} ({ratio.low:.3g} to {ratio.high:.3g})"
+            for name, ratio in (self._speedups.items() if self.latency else ())
+            if ratio.high < 1.0
+        ]
+        return (f"The result is slower here: {', '.join(measured)}.",) if measured else ()
+
     def exceeded(self) -> tuple[str, ...]:
         """Return what a wish for speed cost, where it is met: by how much it was exceeded, and the loss."""
         wanted, latency = self.settings["speedup"], self.settings["latency"]

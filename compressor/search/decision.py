@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from compressor.choices import AUTO
 from compressor.lower.traced_model import TracedModel
 from compressor.quality.budget import samples_needed, upper_bound
 from compressor.quality.evaluate import Evaluation
@@ -286,13 +287,16 @@ def _faster(choice: Choice) -> list[int]:
     return found[::-1]
 
 
-def sentence(facts: dict[str, Any]) -> str:
-    """Return the outcome of a decision as a sentence."""
+def sentence(facts: dict[str, Any], tokens: str = AUTO) -> str:
+    """Return the outcome of a decision as a sentence; `tokens` is the value of ``--tokens``."""
     made, found, samples = facts["changes"], facts["found"], facts["samples"]
     if facts["loss"] > facts["limit"]:
+        merged = tokens not in (AUTO, "none")
+        change = f"change but --tokens {tokens}" if merged else "change"
+        advice = f"; merge fewer tokens, or give --tokens {AUTO}" if merged else ""
         return (
             f"On {samples} samples that the search did not see, the engine loses {facts['loss']:.2f} % without any "
-            f"change, more than the limit of {facts['limit']:g} %."
+            f"{change}, more than the limit of {facts['limit']:g} %{advice}."
         )
     kept = f"all {found}" if made == found else f"{made} of the {found}"
     expected = "" if facts["expected"] is None or not made else f"; {facts['expected']:.2f} % expected of new samples"

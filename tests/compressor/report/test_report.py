@@ -185,6 +185,16 @@ def test_figures_without_labels_stand_below_the_metric_once(width: int) -> None:
     assert content["healed"] is None
 
 
+def test_a_result_that_is_slower_than_another_variant_is_said() -> None:
+    assert report("accuracy").slower() == ()
+    latency = {"original": QUICK, "baseline": SLOW, "result": SLOW}
+    assert replace(report("accuracy"), latency=latency).slower() == (
+        "The result is slower here: 0.8x the speed of the original (0.799 to 0.801).",
+    )
+    even = {"original": SLOW, "baseline": SLOW, "result": SLOW}
+    assert replace(report("accuracy"), latency=even).slower() == ()
+
+
 @pytest.mark.parametrize(
     ("limits", "sentences"),
     [

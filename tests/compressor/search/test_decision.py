@@ -251,7 +251,10 @@ def test_engines_without_finite_outputs_and_too_many_attempts_end_without_change
         choice = decision.milder(choice, QUIET)
     assert choice.count == 0
     assert decision.holds(choice, engine(np.full(50, 0.011)), "original", certify=True)
-    assert "loses 1.10 % without any change" in sentence(decision.facts(choice))
+    assert "loses 1.10 % without any change, more" in sentence(decision.facts(choice))
+    merged = sentence(decision.facts(choice), "4")
+    assert "without any change but --tokens 4, more" in merged
+    assert merged.endswith("; merge fewer tokens, or give --tokens auto.")
 
 
 def test_certificates_are_stated_with_what_more_would_take():
