@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -41,6 +41,8 @@ int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compresso
 NOTED = ("compressor", "precision")  # path of the build precision in the rt_info of the IR
 OUTPUTS = ("compressor", "outputs")  # path of the names of the outputs
 NO_LAYERS = ("Const", "Input", "Output")
+PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "Deconvolution")
+BYTES = ("u8", "i8")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
 PART = "openvino_{}.xml"  # and those of a model of several files
@@ -124,8 +126,16 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
         kind in ATTENTIONS or (kind == "Subgraph" and "softmax" in layer["originalLayersNames"].lower())
         for kind, layer in zip(kinds, nodes, strict=True)
     )
-    rows = [(layer["layerType"], (layer["runtimePrecision"],)) for layer in nodes]
+    rows = list(zip(kinds, ((precision,) for precision in _precisions(nodes)), strict=True))
     return count_layers(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
+
+
+def _precisions(nodes: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the precision of each layer; OpenVINO keeps masks in bytes too, so bytes without int8 products are masks."""
+    found = [layer["runtimePrecision"] for layer in nodes]
+    if any(layer["layerType"] in PRODUCTS and layer["runtimePrecision"] in BYTES for layer in nodes):
+        return found
+    return ["boolean" if precision in BYTES else precision for precision in found]
 
 
 class OpenVinoEngine(Closing[Any]):

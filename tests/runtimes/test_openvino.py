@@ -39,6 +39,31 @@ def test_products_are_computed_in_float32(built):
     np.testing.assert_allclose(y, np.full((1, 64), (1 + 2**-20) ** 2), rtol=2**-23)
 
 
+def test_masks_are_no_int8(tmp_path):
+    """OpenVINO keeps booleans in bytes, which its description calls u8, as it does quantized values."""
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 64]),
+        helper.make_tensor_value_info("mask", TensorProto.BOOL, ["batch", 64]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 64]),
+    ]
+    tensors = [
+        numpy_helper.from_array(np.eye(64, dtype=np.float32), "w"),
+        numpy_helper.from_array(np.arange(63, -1, -1), "reversed"),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Gather", ["mask", "reversed"], ["other"], axis=1),
+        helper.make_node("Where", ["other", "product", "x"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "masked", ends[:2], ends[2:], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    path = target.build(tmp_path / "m.onnx", tmp_path, BuildOptions())
+    found = target.layers(path, BuildOptions(threads=1)).precisions
+    assert "int8" not in found
+    assert found["fp32"] > 0
+    assert found["other"] > 0
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """y = x w with random weights: the ONNX file, x, w and |x| |w|."""
