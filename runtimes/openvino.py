@@ -131,7 +131,7 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
 
 
 def _precisions(nodes: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the precision of each layer; OpenVINO keeps masks in bytes too, so bytes without int8 products are masks."""
+    """Return the precision of each layer; bytes without a product of bytes are masks, which OpenVINO keeps in u8."""
     found = [layer["runtimePrecision"] for layer in nodes]
     if any(layer["layerType"] in PRODUCTS and layer["runtimePrecision"] in BYTES for layer in nodes):
         return found
