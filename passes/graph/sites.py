@@ -375,8 +375,8 @@ def _owner(graph: Graph, weight: fx.Node, candidate: _Candidate) -> list[str]:
     if PARAMETRIZATIONS in path:
         path = path[: path.index(PARAMETRIZATIONS)]
     for user in weight.users:
-        module = CALL_NUMBER.sub("", _module_path(user).removeprefix(graph.prefix)).split(".")
-        if user in candidate.nodes and module != [""] and path[: len(module)] != module[: len(path)]:
+        module = f"{CALL_NUMBER.sub('', _module_path(user))}.".removeprefix(graph.prefix).split(".")[:-1]
+        if user in candidate.nodes and path[: len(module)] != module[: len(path)]:
             return module
     return path
 

@@ -345,6 +345,20 @@ def test_branches_with_shared_weights_have_the_names_of_their_modules():
     assert stacked([first, Block(), first]) == ["1.mlp", "2.mlp", "3.mlp"]
 
 
+def test_a_weight_that_the_whole_model_computes_with_keeps_its_own_module():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            x = self.parts[0](x)
+            return x + F.linear(x, self.parts[1].weight)
+
+    graph = trace(models.load(Functional(), example_inputs=torch.rand(2, 5, 8)))
+    assert [site.name for site in find_sites(graph)] == ["parts.1.other"]
+
+
 def test_a_parametrized_weight_belongs_to_the_module_that_it_is_computed_for():
     block = Block()
     block.up = nn.Identity()
