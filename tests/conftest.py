@@ -1,4 +1,7 @@
-"""Timing is brief in every test: no test asserts a time, and a burst of default length would be half of an export."""
+"""Timing is brief in every test: no test asserts a time, and a burst of default length would be half of an export.
+
+Tests that the installed release of a library cannot pass are skipped with the reason.
+"""
 
 from functools import partial
 
@@ -7,6 +10,7 @@ import pytest
 from compressor.deferred import build
 from compressor.measure import latency
 from runtimes.base.timing import interleave
+from tests.older_releases import reason_to_skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +22,9 @@ def brief_timing():
         patch.setattr(latency, "QUICK_SECONDS", 0.02)
         patch.setattr(latency, "QUICK_ROUNDS", 4)
         yield
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if (reason := reason_to_skip(item.nodeid)) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
