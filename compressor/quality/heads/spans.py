@@ -27,6 +27,7 @@ class Spans(Head):
 
     metrics: ClassVar[Metrics] = {"spans": "exact_match", None: "span_agreement"}
     scales = SCALES
+    class_axis = -1
     expects = frozenset({"exact_match"})
 
     def divergence(

@@ -21,6 +21,8 @@ IGNORED = -100  # label of tokens that are not scored, as in torch and transform
 class Tokens(Head):
     """Logits [rows, tokens, classes]."""
 
+    class_axis = -1
+
     def divergence(
         self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
