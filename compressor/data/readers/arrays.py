@@ -120,7 +120,8 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
         tokens = _tokens(arrays, name, preprocess)
         if task == "text-generation" and first.shape[1] < 2:
             raise DataError(f"{name} has one token in each row; expected at least 2, as the first one is not predicted")
-        return replace(_token_rows(tokens, task), limitations=defaults)
+        dtypes = {key: preprocess.example[key].dtype for key in tokens}
+        return replace(_token_rows(tokens, task, dtypes), limitations=defaults)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
@@ -170,15 +171,15 @@ def _model_input_samples(
     return Samples(_numbers(next(iter(arrays.values()))), feeds, reading, label_kind=kind)
 
 
-def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
+def _token_rows(arrays: Mapping[str, Array], task: str, dtypes: Mapping[str, np.dtype]) -> Samples:
     if task != "text-generation":
-        return _model_input_samples(arrays, "token ids", None)
+        return _model_input_samples(arrays, "token ids", None, dtypes)
 
     def whole(index: int) -> Feeds:
         mask = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
-        return {key: np.asarray(array[index], dtype=np.int64)[mask] for key, array in arrays.items()}
+        return {key: np.asarray(array[index], dtype=dtypes[key])[mask] for key, array in arrays.items()}
 
-    return replace(_model_input_samples(arrays, "token ids", "tokens"), whole=whole)
+    return replace(_model_input_samples(arrays, "token ids", "tokens", dtypes), whole=whole)
 
 
 def _default_inputs(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:

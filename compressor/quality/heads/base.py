@@ -131,6 +131,15 @@ class Head:
         return -math.inf
 
 
+def token_mask(batch: Batch) -> Array:
+    """Return the mask of the tokens that are no padding, bool [rows, tokens]; all, if the model has no mask.
+
+    The token ids are the first input of a module that names them otherwise.
+    """
+    ids = batch.feeds.get("input_ids", next(iter(batch.feeds.values())))
+    return batch.feeds.get("attention_mask", np.ones_like(ids)).astype(bool)
+
+
 def log_of_probabilities(values: Any) -> Any:
     """Return the logarithm of a tensor or an array of probabilities.
 
