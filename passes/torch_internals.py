@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import config
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, guard_or_true
 from torch.utils._pytree import tree_leaves, tree_structure
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ __all__ = [
     "is_mutable",
     "lazy_graph_module",
     "make_fx",
+    "may_differ",
     "new_symbolic_size",
     "operators",
     "registries",
@@ -154,6 +155,14 @@ def hint(size: Any) -> Any:
     Reads `SymInt.node.hint`. Without it, no example of a traced value can be created.
     """
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def may_differ(size: Any, other: Any) -> bool:
+    """Return whether two sizes differ, or are not known to be equal, as a size that is read from a tensor.
+
+    Calls `guard_or_true`. A comparison of such a size raises an error.
+    """
+    return bool(guard_or_true(size != other))
 
 
 def size_ranges(values: Sequence[torch.Tensor]) -> dict[Any, Any]:

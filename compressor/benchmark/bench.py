@@ -21,7 +21,8 @@ from compressor.choices import GGUF, NO_STAGES, parse_image_size, parse_image_to
 from compressor.data.readers.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import ModelAndData, evaluated_on, load_data
+from compressor.lower.probabilities import with_logits
+from compressor.lower.traced_model import ModelAndData, evaluated_on, index_errors_as_data_errors, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.models.base import NoImageSizeError
@@ -200,7 +201,9 @@ def _with_targets(settings: BenchSettings, loaded: Mapping[str, Model], model: M
             f"{data.source} has no targets, which the original would generate, but a folder does not hold it; name the "
             "original with --model, or give data with a column of targets."
         )
-    return ModelAndData(evaluated_on(model, data), data)
+    model = evaluated_on(model, data)
+    with index_errors_as_data_errors(ModelAndData(model, data)):
+        return ModelAndData(with_logits(model, data), data)
 
 
 def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:

@@ -105,7 +105,7 @@ def _special(folder: Path, files: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _limitations(folder: Path, count: int, kind: FilesOf) -> Iterator[Limitation]:
     """Yield a limitation for files that are not read."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in visible_files(folder) if path.is_file()]
     others = sorted({path.suffix.lower() or path.name for path in files if not kind.holds(path.name)})
     if len(files) > count:
         yield Limitation(
@@ -140,7 +140,15 @@ def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str], kind: 
 
 
 def _files(folder: Path, class_folder: str, kind: FilesOf) -> list[str]:
-    names = []
-    for root, _, files in os.walk(folder / class_folder):
-        names += [(Path(root) / file).relative_to(folder).as_posix() for file in files if kind.holds(file)]
-    return sorted(names)
+    files = visible_files(folder / class_folder)
+    return sorted(path.relative_to(folder).as_posix() for path in files if kind.holds(path.name))
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and below it, without hidden files and without what hidden folders hold.
+
+    Tools keep copies of files in such folders, as Jupyter does in ``.ipynb_checkpoints``.
+    """
+    for root, below, files in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield from (Path(root) / file for file in files if not file.startswith("."))

@@ -106,7 +106,8 @@ def build(
         check_available(target.name, target.missing(), target.devices, options)
         check_writable(folder)
         head = head_for(content["model"]["task"], content["model"].get("problem_type"))
-        device = _DeviceBuild(folder, part, package["answers"], target, options, staging, head)
+        returned = bool(content["model"].get("probabilities"))
+        device = _DeviceBuild(folder, part, package["answers"], target, options, staging, head, returned)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
@@ -167,6 +168,7 @@ class _DeviceBuild:
         options: device, threads and sizes of the engines.
         scratch: a folder in which each variant gets a folder for its engine, such as ``result``.
         head: how the output of the model is evaluated.
+        probabilities: the output holds probabilities instead of logits.
     """
 
     folder: Path
@@ -176,6 +178,7 @@ class _DeviceBuild:
     options: BuildOptions
     scratch: Path
     head: Head
+    probabilities: bool
 
     def build_engines(self, steps: Steps) -> dict[str, Path]:
         """Build an engine of each variant."""
@@ -203,7 +206,9 @@ class _DeviceBuild:
                     measured[name] = {"parity": parity.difference}
                     if self.part["metric"] is not None:
                         answer = self.part["answer"]
-                        measured[name] |= self.answers.judged(engine, name, answer=answer, head=self.head)
+                        measured[name] |= self.answers.judged(
+                            engine, name, answer=answer, head=self.head, probabilities=self.probabilities
+                        )
         return measured
 
     def time_engines(

@@ -227,7 +227,10 @@ def _measured(answers: ReferenceOutputs, name: str, path: Path, builder: EngineB
         parity = answers.hold(engine, name, allowed=float("inf"))
         measured: dict[str, Any] = {"parity": parity.difference}
         if subject.no_quality_because is None:
-            measured |= answers.judged(engine, name, answer=subject.model.answer, head=subject.head)
+            model, head = subject.model, subject.head
+            measured |= answers.judged(
+                engine, name, answer=model.answer, head=head, probabilities=model.to_logits is not None
+            )
     return measured
 
 

@@ -6,7 +6,7 @@ This module does not need torch: the outputs are stored, and engines return NumP
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -220,7 +220,9 @@ class ReferenceOutputs:
             self.ties.get(graph),
         )
 
-    def judged(self, engine: Engine, variant: str, *, answer: str, head: Head) -> dict[str, Any]:
+    def judged(
+        self, engine: Engine, variant: str, *, answer: str, head: Head, probabilities: bool = False
+    ) -> dict[str, Any]:
         """Measure the agreement of an engine with torch, and its accuracy if there are labels.
 
         Args:
@@ -229,18 +231,25 @@ class ReferenceOutputs:
             answer: name of the output that is evaluated.
             head: how it is evaluated. If its output is no decision, the cosine similarity to the output of torch is
                 measured instead.
+            probabilities: the output holds probabilities instead of logits.
 
         Returns:
             ``agreement`` (and ``accuracy``, ``torch_accuracy``) or ``similarity``, in percent with bootstrap intervals.
         """
-        parts = [self._columns(engine, variant, answer, head, part) for part in self._chunks()]
+
+        def decide(output: Array) -> Array | None:
+            return head.decisions(head.logits(output) if probabilities else output)
+
+        parts = [self._columns(engine, variant, answer, decide, part) for part in self._chunks()]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {name: asdict(bootstrap(_percent, {"": column})) for name, column in columns.items()}
 
-    def _columns(self, engine: Engine, variant: str, answer: str, head: Head, part: slice) -> Columns:
+    def _columns(
+        self, engine: Engine, variant: str, answer: str, decide: Callable[[Array], Array | None], part: slice
+    ) -> Columns:
         feeds, expected = _cut(self.feeds, part), self._expected(variant)[answer][part]
         output = engine.run(feeds)[answer]
-        decided, wanted = head.decisions(output), head.decisions(expected)
+        decided, wanted = decide(output), decide(expected)
         if decided is None or wanted is None:
             return {"similarity": _per_row(cosine(output.astype(np.float64), expected.astype(np.float64)), feeds)}
         columns = {"agreement": _per_row(decided == wanted, feeds)}

@@ -67,6 +67,12 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             f"{model.name} returns other outputs when it runs again on the same rows, because it draws random numbers "
             f"({_named(operators)}){_training(model)}: {REMEDY}."
         )
+    if operators and _varies(graph, feeds):
+        raise RandomModelError(
+            f"{model.name} draws random numbers ({_named(operators)}), and returns the same outputs when it runs again "
+            "only because forward seeds the generator, which an engine cannot do: draw them once in __init__, and keep "
+            "them as a buffer."
+        )
     reference = Reference.of(first, channel_axes(graph))
     check = partial(
         check_parity, reference, refine=lambda: with_rounding(reference, graph, [feeds]), advice="see above"
@@ -94,7 +100,21 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
             f"tensor operators in forward{_keeping_the_mask(model, compared)}."
         ) from error
-    _check_first_row(reference, alone, model, graph, feeds)
+    _check_row(reference, alone, model, graph, feeds)
+    rows = len(feeds[model.inputs[0]])
+    if rows > 1 and all(len(value) == rows for value in feeds.values()):
+        last = {name: value[-1:] for name, value in feeds.items()}
+        _check_row(reference, _alone(model, last), model, graph, feeds, last=True)
+
+
+def _varies(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a graph computes other outputs with another state of the random generator."""
+    outputs = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs.append(torch_outputs(graph, feeds))
+    return not all(np.allclose(outputs[0][name], outputs[1][name], equal_nan=True) for name in outputs[0])
 
 
 def _keeping_the_mask(model: Model, feeds: Mapping[str, torch.Tensor]) -> str:
@@ -119,15 +139,17 @@ def _check_alone(
     feeds: Mapping[str, torch.Tensor],
     outputs: Callable[[], Mapping[str, Array]],
     name: str = "the traced graph of one row",
+    *,
+    last: bool = False,
 ) -> None:
-    """Compare outputs for the first row alone with `expected`, within the tolerance of the row among the others.
+    """Compare outputs for the first or last row alone with `expected`, within the tolerance of it among the others.
 
     Raises:
         ParityError: the outputs differ.
     """
 
     def part(of: Reference) -> Reference:
-        return of.part(slice(0, 1), expected)
+        return of.part(slice(-1, None) if last else slice(0, 1), expected)
 
     check_parity(
         part(reference),
@@ -138,16 +160,20 @@ def _check_alone(
     )
 
 
-def _check_first_row(
+def _check_row(
     reference: Reference,
     alone: Mapping[str, Array],
     model: Model,
     graph: Graph,
     feeds: Mapping[str, torch.Tensor],
+    *,
+    last: bool = False,
 ) -> None:
-    """Compare the outputs of the module for the first row alone with those for it among the others.
+    """Compare the outputs of the module for the first row alone, or for the last, with those for it among the others.
 
     The rows of a batch are samples that have nothing to do with each other, and the engine is timed with one of them.
+    The first row does not depend on those after it where rows are summed up one by one, such as the places that a
+    mixture of experts has for tokens.
 
     Raises:
         BatchError: they differ.
@@ -162,13 +188,15 @@ def _check_first_row(
                 f"{list(value.shape)} for {rows} rows; expected the batch as first axis of both, so name the axis of "
                 "each squeeze in forward, such as x.squeeze(-1)."
             )
+    place = slice(-1, None) if last else slice(0, 1)
     among = {
-        name: value[:1] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
+        name: value[place] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
-    if model.has_two_towers:  # the row is one image and one text, whose similarity is the first of the batch
-        among = {name: value[tuple(map(slice, alone[name].shape))] for name, value in among.items()}
+    if model.has_two_towers:  # the row is one image and one text, whose similarity is that of their places
+        sides = {name: [slice(-size, None) if last else slice(size) for size in alone[name].shape] for name in among}
+        among = {name: value[tuple(sides[name])] for name, value in among.items()}
     try:
-        _check_alone(reference, among, graph, feeds, lambda: alone, model.name)
+        _check_alone(reference, among, graph, feeds, lambda: alone, model.name, last=last)
     except ParityError as error:
         raise BatchError(
             f"{model.name} returns other outputs for a row alone than for the same row among {rows} "

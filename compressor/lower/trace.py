@@ -206,6 +206,14 @@ def _explain(model: Model, error: Exception) -> str:
             f"{model.name} could not be traced by torch.export ({reason}), as a loop in Python over the tokens or a "
             "list of them does; Compressor needs a forward pass for any number of tokens, and no option changes that."
         )
+    if model.source == "module" and (fixed := _FIXED.search(str(error))) and _axis(model, str(error)) == "sequence":
+        name, size = model.inputs[int(fixed[1])], fixed[3]
+        return (
+            f"{model.name} could not be traced by torch.export for any number of tokens ({reason}), as a Python loop "
+            "over the tokens, an nn.GRU, or a number that is computed from their count does; compute with tensor "
+            f"operators, or export it for {size} tokens alone by a line that fails for others: assert "
+            f"{name}.shape[1] == {size}."
+        )
     if model.sizes:
         return (
             f"{model.name} could not be traced by torch.export with dynamic height and width ({reason}); give "

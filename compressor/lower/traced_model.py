@@ -21,6 +21,7 @@ from compressor.executor.base import Executor, InProcess
 from compressor.limitations import Limitation
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
+from compressor.lower.probabilities import with_logits
 from compressor.lower.self_parity import check_self_parity
 from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
@@ -102,6 +103,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "source": model.source,
         "task": model.task,
         "problem_type": model.problem_type,
+        "probabilities": model.to_logits is not None,
         "revision": model.revision,
         "hub_id": model.hub_id,
         "random_weights": model.random_weights,
@@ -173,6 +175,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
+        model = with_logits(model, data)
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
 
 
@@ -385,7 +388,7 @@ def _check_labels(data: Data, model: Model) -> None:
     if classes == 1 and single:
         raise SubjectError(
             f"{model.name} has a single output, so it predicts no class; pass --problem-type regression if the output "
-            "is a number, or multi_label_classification if it is the logit of a yes or no."
+            "is a number, or multi_label_classification if it is the logit or the probability of a yes or no."
         )
     _check_class_numbers(data, model, classes)
     _check_numbering(data.calibration.samples, data, model, classes)

@@ -48,15 +48,22 @@ class EvaluatedOutput:
         stacked: names of further outputs that are evaluated with it.
         places: names of outputs with indices of tokens, [rows, remaining tokens], of a model that drops tokens; the
             answer is for those of the shortest. At a dropped token it is that at the last one that remains before it.
+        to_logits: the function that turns the output into logits, of a model that returns probabilities.
     """
 
     outputs: tuple[str, ...]
     answer: str
     stacked: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    to_logits: Callable[[Any], Any] | None = None
 
     def of(self, outputs: Mapping[str, Any]) -> Any:
         """Return it from outputs by name; several outputs [rows, ...] become [rows, outputs, ...]."""
+        value = self._returned(outputs)
+        return value if self.to_logits is None else self.to_logits(value)
+
+    def _returned(self, outputs: Mapping[str, Any]) -> Any:
+        """Return it as the model returns it."""
         places = [outputs[name] for name in self.places if name in outputs]
         if places:
             return at_every_token(outputs[self.answer], min(places, key=lambda each: int(each.shape[1])))
@@ -102,6 +109,7 @@ class Model:
         answer: name of the output that quality is measured on.
         stacked: names of further outputs that are evaluated with it, such as the logits of the end of a span.
         places: names of the outputs with the indices of the tokens that remain, see `EvaluatedOutput`.
+        to_logits: turns the evaluated output into logits; None if the model returns logits, or no classes.
         example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
@@ -140,6 +148,7 @@ class Model:
     tokenizer: Any = None
     stacked: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    to_logits: Callable[[Any], Any] | None = None
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
@@ -153,7 +162,7 @@ class Model:
     @property
     def evaluated_output(self) -> EvaluatedOutput:
         """Return the output that quality is measured on."""
-        return EvaluatedOutput(self.outputs, self.answer, self.stacked, self.places)
+        return EvaluatedOutput(self.outputs, self.answer, self.stacked, self.places, self.to_logits)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -53,6 +53,7 @@ NEEDS = {
     3: "input_ids and logits [batch, tokens, vocabulary]",
     4: "logits [batch, classes, height, width]",
 }
+PER_TOKEN = 3  # axes of an output for each token
 SPAN = ("start_logits", "end_logits")  # the outputs that question answering needs
 
 
@@ -235,13 +236,24 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
         stacked=tuple(stacked),
         example=example,
         dynamic_axes=axes,
-        preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
+        preprocess=Preprocess(
+            tuple(example),
+            "text" if resolved_task == "text-generation" else "tensor",
+            as_numpy(example),
+            varying={name: (1,) for name in example if 1 in axes[name]},
+        ),
         save=partial(_save, label, resolved_task, example, names),
         limitations=(
             *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
             *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
             *_hooks(module),
-            *_assumptions(others | repeated, outputs, answer, resolved_task if task is None else None),
+            *_assumptions(
+                _without_cache(others, resolved_task, cache) | repeated,
+                outputs,
+                (answer, *stacked),
+                resolved_task if task is None else None,
+            ),
+            *(_unnamed_masks(example, axes) if evaluated.ndim == PER_TOKEN else ()),
         ),
         class_names=names,
     )
@@ -250,6 +262,14 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     from compressor.models.text.kv_cache import with_cache
 
     return with_cache(model, cache)
+
+
+def _without_cache(others: dict[str, str], task: str, cache: bool) -> dict[str, str]:
+    """Return the outputs that are left out, without the cache of a language model that is exported with it."""
+    from compressor.models.text.kv_cache import CACHE_NAMES
+
+    left_out = () if task != "text-generation" or not cache else CACHE_NAMES
+    return {name: kind for name, kind in others.items() if name not in left_out}
 
 
 def _class_names(module: torch.nn.Module, task: str, answer: torch.Tensor) -> class_names.ClassNames | None:
@@ -431,18 +451,36 @@ def _has_own_hooks(inner: torch.nn.Module) -> bool:
 
 
 def _assumptions(
-    others: dict[str, str], outputs: tuple[str, ...], answer: str, inferred: str | None
+    others: dict[str, str], outputs: tuple[str, ...], judged: tuple[str, ...], inferred: str | None
 ) -> Iterator[Limitation]:
     """Yield the outputs that are left out, and the assumptions about the judged output and the task."""
     if others:
         named = ", ".join(f"{name} ({kind})" for name, kind in others.items())
         yield Limitation("outputs left out", f"{named}: only computed tensors are exported, each once")
-    if len(outputs) > 1 and answer != "logits":
+    if len(outputs) > 1 and len(judged) == 1 and judged[0] != "logits":
         yield Limitation(
-            "judged output", f"{answer}, the first of {len(outputs)} outputs; quality is not measured on the others"
+            "judged output", f"{judged[0]}, the first of {len(outputs)} outputs; quality is not measured on the others"
         )
     if inferred is not None:
         yield Limitation("task", f"{inferred} is assumed from the shape of the output; set another task with --task")
+
+
+def _unnamed_masks(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
+    """Yield a limitation for an input that looks like the mask of padding, under a name that the metrics do not know.
+
+    An output for each token is judged without padding where ``attention_mask`` tells it.
+    """
+    if "attention_mask" in example:
+        return
+    _, *others = [name for name in example if 1 in axes[name]] or [""]
+    for name in others:
+        if name == "token_type_ids" or int(example[name].min()) < 0 or int(example[name].max()) > 1:
+            continue
+        yield Limitation(
+            "padding",
+            f"counted like other tokens, because the module has no input attention_mask; if {name} is the mask of "
+            "padding, name it so",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ inputs, outputs

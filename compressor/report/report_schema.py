@@ -103,6 +103,7 @@ class BenchModel(TypedDict):
     source: Literal["timm", "transformers", "gguf", "module"]
     task: Text
     problem_type: NotRequired[Annotated[str, _one_of(*PROBLEM_TYPES)] | None]
+    probabilities: NotRequired[bool]
     image_size: NotRequired[tuple[Side, Side] | None]
     random_weights: bool
 

@@ -40,6 +40,7 @@ from compressor.workspace.output_lock import JOURNAL, hidden_path
 from compressor.workspace.progress import Steps, Tick
 from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
+from passes.analysis.symbolic_cost import check_known_sizes
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site, attribute
 from passes.plan.plan import Plan, fingerprint, with_action, with_token_merging
@@ -312,7 +313,10 @@ def prepare_search(
 
     Raises:
         BudgetError: a confidence is asked for, and the loss or the data have no bound for it.
+        PassError: the model has sizes that depend on the contents of a tensor, so that the cost of its graphs is not
+            known.
     """
+    check_known_sizes(subject.graph, {name: tuple(value.shape) for name, value in subject.model.example.items()})
     measured, fitted = _split_calibration(subject.data.calibration, settings)
     effects = output_divergence(subject, measured, steps)
     preview = preview_of(subject, measured, steps)

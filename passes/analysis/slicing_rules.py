@@ -16,6 +16,7 @@ from torch import fx
 
 from passes.graph.graph import CASTS, COPIES, DROPOUTS, VIEWS, value_of
 from passes.graph.sites import ATTENTION_OPS, LINEAR_OPS, NORM_OPS, SOFTMAX_OPS
+from passes.torch_internals import may_differ
 
 aten = torch.ops.aten
 
@@ -73,7 +74,9 @@ def selection(node: fx.Node) -> dict[fx.Node, AxisRange | None]:
         return {}
     source = _input(node)
     part = _range(node, source)
-    return {source: part} if part and part.axis and part.width > 0 and part.width != size_of(source, part.axis) else {}
+    if part is None or not part.axis or part.width <= 0:
+        return {}
+    return {source: part} if may_differ(part.width, size_of(source, part.axis)) else {}
 
 
 def _range(node: fx.Node, source: fx.Node) -> AxisRange | None:

@@ -12,9 +12,10 @@ from torch import fx
 
 from passes.analysis.multiply_adds import counted, multiply_adds
 from passes.analysis.token_liveness import live_parts
+from passes.base import PassError
 from passes.graph.graph import output_values, value_of
 from passes.graph.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
-from passes.torch_internals import expression
+from passes.torch_internals import expression, tree_leaves
 
 if TYPE_CHECKING:
     from passes.analysis.slicing_rules import AxisRange
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # A convolution with string padding ("valid", "same") is a separate overload.
 CONVOLUTIONS = CONV_OPS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 SIZE = aten.sym_size.int
+DATA_DEPENDENT = (
+    "the model has sizes that depend on the contents of a tensor, as .item() and a boolean index give, so a search "
+    "cannot price it; name what to drop (--drop attention:1, --drop plan.json), or compute with masks in forward."
+)
 # View operators, which write no elements.
 FREE = frozenset(
     {
@@ -76,25 +81,55 @@ class Shapes:
                     self.symbols[expression(size)] = int(number)
 
     def number(self, size: Any) -> int:
-        """Return a size as an integer."""
+        """Return a size as an integer.
+
+        Raises:
+            PassError: it depends on the contents of a tensor.
+        """
         if not isinstance(size, torch.SymInt):
             return int(size)
         text = str(size)
         if text not in self.evaluated:
+            if not expression(size).free_symbols <= self.symbols.keys():
+                raise PassError(DATA_DEPENDENT)
             self.evaluated[text] = int(expression(size).subs(self.symbols))
         return self.evaluated[text]
 
     def learn(self, node: fx.Node) -> None:
-        """Evaluate the new symbol of a size (`passes.graph.edit.resymbolize_size`) from the arguments of its node."""
+        """Evaluate the new symbol of a size (`passes.graph.edit.resymbolize_size`) from the arguments of its node.
+
+        Raises:
+            PassError: it depends on the contents of a tensor.
+        """
         size = value_of(node)
         symbol = expression(size) if isinstance(size, torch.SymInt) else None
         if symbol is not None and symbol.is_Symbol and symbol not in self.symbols:
+            if any(isinstance(value_of(source), torch.Tensor) for source in node.all_input_nodes):
+                raise PassError(DATA_DEPENDENT)
             args = fx.node.map_arg(node.args, lambda source: self.number(value_of(source)))
             self.symbols[symbol] = int(node.target(*args))  # type: ignore[operator]
 
     def of(self, value: torch.Tensor) -> tuple[int, ...]:
         """Return the shape of a traced value as integers."""
         return tuple(self.number(size) for size in value.shape)
+
+
+def check_known_sizes(graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that all sizes of a graph follow from those of its inputs, as a search needs that prices it.
+
+    Args:
+        graph: the traced graph.
+        inputs: input name to shape.
+
+    Raises:
+        PassError: a size depends on the contents of a tensor.
+    """
+    shapes = Shapes(graph, inputs)
+    for node in graph.nodes():
+        shapes.learn(node)
+        for value in tree_leaves(value_of(node)):
+            if isinstance(value, torch.Tensor):
+                shapes.of(value)
 
 
 class Counter:

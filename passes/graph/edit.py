@@ -252,10 +252,11 @@ def resymbolize_size(graph: Graph, node: fx.Node) -> None:
     """Replace the expression of a symbolic size by a symbol of its own, as the size of an input has.
 
     Sizes computed from sizes nest, and torch compares shapes by simplifying the whole expression: five token
-    reductions of a text model took six times as long. Equal expressions get one symbol. A plain number stays unchanged.
+    reductions of a text model took six times as long. Equal expressions get one symbol. A plain number stays unchanged,
+    and so does a size that depends on the contents of a tensor, which has no example.
     """
     size, mode = value_of(node), _mode(node.graph)
-    if isinstance(size, torch.SymInt) and mode is not None:
+    if isinstance(size, torch.SymInt) and mode is not None and hint(size) is not None:
         node.meta["val"] = graph.values.symbol(size, lambda: new_symbolic_size(mode, hint(size), node.name))
 
 

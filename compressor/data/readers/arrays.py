@@ -33,6 +33,7 @@ AXES_OF_ROWS: dict[LabelKind, tuple[tuple[str, ...], str]] = {
     "token classes": (("N", "tokens"), f"class numbers from 0, and {IGNORED} for tokens that are not scored"),
     "pixels": (("N", "height", "width"), f"class numbers from 0, and {IGNORED_PIXEL} for pixels that are not scored"),
 }
+SLACK = 0.05  # of the values of an image from 0 to 1
 CHUNK = 2**22  # values that are checked at a time; 16 MB of float32
 FILLED = {"attention_mask": 1, "token_type_ids": 0}  # values that a tokenizer returns for rows without padding
 
@@ -119,13 +120,43 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
         tokens = _tokens(arrays, name, preprocess)
         if task == "text-generation" and first.shape[1] < 2:
             raise DataError(f"{name} has one token in each row; expected at least 2, as the first one is not predicted")
-        return replace(_token_rows(tokens, task), limitations=defaults)
+        dtypes = {key: preprocess.example[key].dtype for key in tokens}
+        return replace(_token_rows(tokens, task, dtypes), limitations=defaults)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
         _check_model_input(arrays[key], key, name, preprocess)
     dtypes = {key: preprocess.example[key].dtype for key in preprocess.inputs}
-    return _model_input_samples(arrays, "ready model inputs", None, dtypes)
+    found = _model_input_samples(arrays, "ready model inputs", None, dtypes)
+    return replace(found, limitations=tuple(_of_values(first, preprocess)))
+
+
+def _of_values(array: Array, preprocess: Preprocess) -> Iterator[Limitation]:
+    """Yield a limitation if pixels that are ready for the model are not those that its preprocessing gives.
+
+    It gives the values between those of a black and of a white image. Pixels of 0 to 1 or 0 to 255 were not normalized.
+    """
+    if preprocess.image is None or preprocess.kind != "image" or array.dtype.kind != "f":
+        return
+    black, white = (preprocess.image(np.full(array.shape[1:], value, dtype=np.float32)) for value in (0.0, 1.0))
+    low, high = float(min(black.min(), white.min())), float(max(black.max(), white.max()))
+    least, most = _extremes(array)
+    beyond = max(low - least, most - high) > (high - low) / 2
+    plain = low < -SLACK and least >= 0 and 1 - SLACK <= most <= 1
+    if beyond or plain:
+        yield Limitation(
+            f"values of {preprocess.inputs[0]}",
+            f"they lie between {least:.4g} and {most:.4g}, those of the model's preprocessing between {low:.4g} and "
+            f"{high:.4g}, so they are probably not normalized and the figures not those of its images; give the "
+            "images themselves as uint8, or what the preprocessing returns",
+        )
+
+
+def _extremes(array: Array) -> tuple[float, float]:
+    """Return the least and the largest value, chunk by chunk, of a file that may not fit in memory."""
+    step = max(1, CHUNK // max(1, array[0].size))
+    parts = [array[start : start + step] for start in range(0, len(array), step)]
+    return min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
 
 
 def _model_input_samples(
@@ -140,15 +171,15 @@ def _model_input_samples(
     return Samples(_numbers(next(iter(arrays.values()))), feeds, reading, label_kind=kind)
 
 
-def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
+def _token_rows(arrays: Mapping[str, Array], task: str, dtypes: Mapping[str, np.dtype]) -> Samples:
     if task != "text-generation":
-        return _model_input_samples(arrays, "token ids", None)
+        return _model_input_samples(arrays, "token ids", None, dtypes)
 
     def whole(index: int) -> Feeds:
         mask = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
-        return {key: np.asarray(array[index], dtype=np.int64)[mask] for key, array in arrays.items()}
+        return {key: np.asarray(array[index], dtype=dtypes[key])[mask] for key, array in arrays.items()}
 
-    return replace(_model_input_samples(arrays, "token ids", "tokens"), whole=whole)
+    return replace(_model_input_samples(arrays, "token ids", "tokens", dtypes), whole=whole)
 
 
 def _default_inputs(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:
@@ -165,6 +196,11 @@ def _default_inputs(arrays: Mapping[str, Array], preprocess: Preprocess) -> tupl
 
 def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
     channels = preprocess.channels
+    if array.ndim == 3 and channels in MODES and array.shape[2] in (3, 4) and array.shape[1] > array.shape[2]:
+        raise DataError(
+            f"{name} holds {array.dtype} {dims(array.shape)}, which is one image [H, W, C] rather than images of "
+            f"{array.shape[2]} pixels in width; expected images as [N, H, W] or [N, H, W, C]"
+        )
     if not ((array.ndim == 3 and channels in MODES) or (array.ndim == 4 and _are_channels(array, channels))):
         other = "" if channels in MODES else f", or [N, {channels}, H, W] or [N, H, W, {channels}]"
         raise DataError(

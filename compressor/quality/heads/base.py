@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Metrics = Mapping[str | None, str]  # name of the metric, by kind of labels
 
+LEAST_PROBABILITY = 1e-30
 CHUNK = 2**20  # logits at a time: their log-probabilities, 4 MB, stay in the cache of the processor
 # Dropping branches changes the confidence of a classifier without changing its predictions, so its logits are compared
 # at the best of these scales. Outputs that are used as they are, such as probabilities and scores, are not scaled.
@@ -37,6 +38,7 @@ class Head:
         expects: metrics with labels whose loss the head can also expect from the original's probabilities.
         by_token: the output has one row of logits per token, of which a few are enough for the divergence.
         by_window: long texts are evaluated whole, in sliding windows.
+        class_axis: the axis of the output that the probabilities of classes sum to 1 along; None if it has no classes.
     """
 
     metrics: ClassVar[Metrics]
@@ -44,6 +46,7 @@ class Head:
     expects: ClassVar[frozenset[str]] = frozenset()
     by_token: ClassVar[bool] = False
     by_window: ClassVar[bool] = False
+    class_axis: ClassVar[int | None] = None
 
     def metric(self, label_kind: str | None, *, pairs: bool = False) -> str:
         """Return the metric for labels of a kind; `pairs` tells that each sample has two texts."""
@@ -101,6 +104,10 @@ class Head:
         """Return the margin of each decision, [rows]; None without one. Small margins are evaluated first."""
         return None
 
+    def logits(self, probabilities: Any) -> Any:
+        """Return the logits of a model that returns probabilities; a tensor or an array of the same shape."""
+        return log_of_probabilities(probabilities)
+
     def divergence_mask(self, batch: Batch) -> Array | None:
         """Return the mask of the positions whose divergence is reported, [rows, tokens]; None without positions."""
         return batch.feeds.get("attention_mask")
@@ -122,6 +129,28 @@ class Head:
             count = len(next(iter(reference.values())))
             return float((1.0 - columns[metric]).sum()) / count * 100.0
         return -math.inf
+
+
+def token_mask(batch: Batch) -> Array:
+    """Return the mask of the tokens that are no padding, bool [rows, tokens]; all, if the model has no mask.
+
+    The token ids are the first input of a module that names them otherwise.
+    """
+    ids = batch.feeds.get("input_ids", next(iter(batch.feeds.values())))
+    return batch.feeds.get("attention_mask", np.ones_like(ids)).astype(bool)
+
+
+def log_of_probabilities(values: Any) -> Any:
+    """Return the logarithm of a tensor or an array of probabilities.
+
+    Values that float32 does not tell apart from 0 are taken for the least that it does.
+
+    >>> log_of_probabilities(np.array([0.5, 0.0])).round(2).tolist()
+    [-0.69, -69.08]
+    """
+    if isinstance(values, np.ndarray):
+        return np.log(np.maximum(values, LEAST_PROBABILITY))
+    return values.clamp(min=LEAST_PROBABILITY).log()
 
 
 def chunks(*sides: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from compressor.quality.heads.base import SCALES, Head, Metrics, row_means
+from compressor.quality.heads.base import SCALES, Head, Metrics, log_of_probabilities, row_means
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import f1
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
     from compressor.data.splits import Batch
 
+LEAST_REST = 2.0**-25  # half of the distance from 1 to the float32 before it
+
 
 class LabelSets(Head):
     """Logits [rows, labels]; a label applies if its logit is positive, so its probability is above one half."""
 
     metrics: ClassVar[Metrics] = {"labels": "f1", None: "set_agreement"}
     scales = SCALES
+    class_axis = -1
     expects = frozenset({"f1"})
 
     def divergence(
@@ -58,6 +61,10 @@ class LabelSets(Head):
                 "original predicted": before.sum(-1).astype(np.float64),
             }
         return columns
+
+    def logits(self, probabilities: Any) -> Any:
+        """Return the logarithm of the odds, which is positive where a label is more probable than not."""
+        return log_of_probabilities(probabilities) - log_of_probabilities((1.0 - probabilities).clip(LEAST_REST))
 
     def decisions(self, output: Array) -> Array:
         """Return the label sets, bool [rows, labels]."""

@@ -23,6 +23,7 @@ class PixelClasses(Head):
 
     metrics: ClassVar[Metrics] = {"pixels": "mean_iou", None: "pixel_agreement"}
     scales = SCALES
+    class_axis = 1
 
     def divergence(
         self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None

@@ -22,6 +22,7 @@ class SingleClass(Head):
 
     metrics: ClassVar[Metrics] = {"class": "accuracy", None: "agreement"}
     scales = SCALES
+    class_axis = -1
     expects = frozenset({"accuracy"})
 
     def divergence(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from compressor.quality.heads.base import SCALES, Head, Metrics, probabilities, relative_entropy
+from compressor.quality.heads.base import SCALES, Head, Metrics, probabilities, relative_entropy, token_mask
 from compressor.quality.intervals import Array, Columns
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Spans(Head):
 
     metrics: ClassVar[Metrics] = {"spans": "exact_match", None: "span_agreement"}
     scales = SCALES
+    class_axis = -1
     expects = frozenset({"exact_match"})
 
     def divergence(
@@ -61,7 +62,7 @@ class Spans(Head):
     def _allowed(self, batch: Batch) -> Array:
         if batch.scored is not None:
             return batch.scored
-        return batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])).astype(bool)
+        return token_mask(batch)
 
 
 def best_spans(logits: Array, allowed: Array) -> Array:

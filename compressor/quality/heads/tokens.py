@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from compressor.quality.heads.base import SCALES, Head, Metrics, chunks, regret, relative_entropy, row_means
+from compressor.quality.heads.base import SCALES, Head, Metrics, chunks, regret, relative_entropy, row_means, token_mask
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import METRICS
 
@@ -21,6 +21,8 @@ IGNORED = -100  # label of tokens that are not scored, as in torch and transform
 class Tokens(Head):
     """Logits [rows, tokens, classes]."""
 
+    class_axis = -1
+
     def divergence(
         self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -31,8 +33,7 @@ class Tokens(Head):
         """Return the mask of scored positions, bool [rows, tokens]; all but padding if the data does not say."""
         if batch.scored is not None:
             return batch.scored
-        ids = batch.feeds["input_ids"]
-        return batch.feeds.get("attention_mask", np.ones_like(ids)).astype(bool)
+        return token_mask(batch)
 
     def divergence_mask(self, batch: Batch) -> Array | None:
         """Return the mask of scored positions."""
@@ -187,7 +188,7 @@ def likelihood_columns(answer: Array, targets: Array, scored: Array, original: A
     rows = []
     for row, logits in enumerate(torch.from_numpy(answer)):
         mask = torch.from_numpy(np.ascontiguousarray(scored[row]))
-        wanted = torch.from_numpy(np.ascontiguousarray(targets[row]))
+        wanted = torch.from_numpy(np.ascontiguousarray(targets[row], dtype=np.int64))
         parts = ((part[kept].float(), target[kept]) for part, target, kept in chunks(logits, wanted, mask))
         nll = sum(float(torch.nn.functional.cross_entropy(*part, reduction="sum")) for part in parts)
         count = agreeing = float(scored[row].sum())

@@ -343,7 +343,7 @@ def _served(content: Json, folder: Path) -> Loader:
 def decision(model: Json) -> str:
     """Return the Python that turns the evaluated output into what the model decides; its shape for other outputs."""
     if model.get("problem_type") == "multi_label_classification":
-        return " > 0"  # the labels that apply
+        return " > 0.5" if model.get("probabilities") else " > 0"  # the labels that apply
     if model.get("problem_type") == "regression":
         return ""
     if model["task"] == "image-segmentation":

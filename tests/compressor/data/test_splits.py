@@ -255,6 +255,17 @@ def test_sorted_class_folders_are_the_labels(folder: Path) -> None:
         np.testing.assert_allclose(row, 10 * int(id[2:4]) / 255, atol=1e-6)
 
 
+def test_copies_in_hidden_folders_are_no_samples(folder: Path) -> None:
+    """Jupyter keeps copies in such folders, also below a class, where they became samples."""
+    for hidden in (folder / ".cache", folder / "a" / ".ipynb_checkpoints", folder / "a" / "more" / ".trash"):
+        hidden.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(hidden / "copy.png")
+        (hidden / "notes.txt").write_text("nothing")
+    data = load(str(folder), vision(), task="image-classification")
+    assert len(everything(data)) == 12
+    assert not [each for each in data.limitations if each.feature == "files of the data"]
+
+
 def test_an_empty_class_folder_keeps_its_index(folder: Path) -> None:
     (folder / "aa").mkdir()
     (folder / ".cache").mkdir()

@@ -121,6 +121,58 @@ def test_a_random_model_is_refused_with_the_operator(module: type[Branch], reaso
     assert "report it" not in str(refusal.value)
 
 
+class Seeded(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return x + 0.1 * torch.randn_like(x)
+
+
+class OwnGenerator(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+
+
+class SeededShuffle(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return x[:, torch.randperm(8)]
+
+
+@pytest.mark.parametrize("module", [Seeded, OwnGenerator, SeededShuffle])
+def test_random_numbers_that_forward_seeds_are_refused(module: type[Branch]) -> None:
+    """The module repeats itself, but no engine draws its numbers: its output was off by a tenth without a word."""
+    model = loaded(module())
+    with pytest.raises(RandomModelError, match=r"only because forward seeds the generator, .*keep them as a buffer"):
+        check_self_parity(model, trace(model), ROWS)
+
+
+class RunningSum(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(0)
+
+
+class RowBefore(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * F.pad(x, (0, 0, 1, -1))
+
+
+class Capacity(Branch):
+    """The first two rows that choose an expert get it."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = F.one_hot((x[:, 0] < 9).long(), 2)
+        place = (chosen.cumsum(0) * chosen).sum(1, keepdim=True)
+        return x * (place <= 2)
+
+
+@pytest.mark.parametrize("module", [RunningSum, RowBefore, Capacity])
+def test_rows_that_depend_on_those_before_them_are_refused(module: type[Branch]) -> None:
+    """The first row has none before it, so it is the same alone."""
+    model = loaded(module())
+    with pytest.raises(BatchError, match=r"returns other outputs for a row alone than for the same row among 3 \("):
+        check_self_parity(model, trace(model), ROWS)
+
+
 def test_a_size_that_tracing_fixed_is_refused() -> None:
     model = loaded(Fixed())
     with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row \d, channel \d"):

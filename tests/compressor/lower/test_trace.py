@@ -156,6 +156,42 @@ def test_a_model_that_fails_without_torch_export_is_told_so():
     assert "torch.export" not in str(caught.value)
 
 
+def in_a_loop(x):
+    state, states = torch.zeros_like(x[:, 0]), []
+    for token in range(x.shape[1]):
+        state = (state + x[:, token]).tanh()
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def scaled_by_length(x):
+    return x * torch.linspace(0, 1, x.shape[1])[:, None]
+
+
+class Fixing(torch.nn.Module):
+    def __init__(self, rule, only=None):
+        super().__init__()
+        self.embed, self.head, self.rule, self.only = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2), rule, only
+
+    def forward(self, tokens):
+        assert self.only in (None, tokens.shape[1])
+        x = self.embed(tokens)
+        found = self.rule(x)
+        return self.head((x + (found[0] if isinstance(found, tuple) else found)).mean(1))
+
+
+@pytest.mark.parametrize("rule", [in_a_loop, scaled_by_length, torch.nn.GRU(4, 4, batch_first=True)])
+def test_code_that_fixes_the_number_of_tokens_is_told_how_to_export_it(rule):
+    """The advice was about branches on values and the batch size, neither of which such a module has."""
+    example = torch.arange(6).repeat(2, 1)
+    with pytest.raises(TraceError, match=r"for any number of tokens .* assert tokens\.shape\[1\] == 6\.$") as caught:
+        trace(models.load(Fixing(rule), example_inputs=example))
+    assert one_sentence(str(caught.value)), str(caught.value)
+    fixed = models.load(Fixing(rule, only=6), example_inputs=example)
+    assert fixed.dynamic_axes["tokens"] == {0: "batch"}
+    assert len(trace(fixed).inputs) == 1
+
+
 def test_a_fixed_batch_is_an_error_in_one_sentence():
     with pytest.raises(TraceError, match="the code fixes axis 0 of input x to 2") as caught:
         trace(load(FixedBatch(), 2, 4))

@@ -55,7 +55,8 @@ def test_a_single_output_is_no_classifier(tmp_path: Path) -> None:
         checked(model, vectors(tmp_path))
     assert str(refusal.value) == (
         "Answering has a single output, so it predicts no class; pass --problem-type regression if the output is a "
-        "number, or multi_label_classification if it is the logit of a yes or no."
+        "number, or multi_label_classification if it is the logit or the "
+        "probability of a yes or no."
     )
     assert checked(model, "random", drop="1").random
     features = models.load(Answering(1), example_inputs=torch.zeros(2, 4), task="feature-extraction")

@@ -1,6 +1,7 @@
 """Modules of the user: names of nested outputs, fixed lengths and batch sizes, and that the module stays as it was."""
 
 import dataclasses
+import json
 import sys
 import threading
 from collections import OrderedDict, namedtuple
@@ -19,6 +20,7 @@ from compressor.errors import CompressorError, Terminated
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import Model, ModelError, load
+from compressor.models.base import UndetectedCacheError
 from passes.execute.interpreter import run
 from runtimes.base.protocols import BuildOptions
 from runtimes.onnxruntime import target
@@ -451,3 +453,102 @@ def test_a_module_that_cannot_be_copied_is_refused_with_a_way_round() -> None:
         absent = nn.Linear(4, 4)
     with pytest.raises(ModelError, match=r"Linear: its weight weight has no values"):
         load(absent, example_inputs=torch.rand(2, 4))
+
+
+# ------------------------------------------------------------------------------------------------ modules of texts
+
+
+class Texts(torch.nn.Module):
+    """Values for each token; `rule` makes the outputs of them."""
+
+    def __init__(self, rule):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+        self.rule = rule
+
+    def values(self, tokens):
+        x = self.embed(tokens)
+        return self.rule(self.head(x + 0.1 * self.inner(x).cumsum(1)))
+
+
+class Ids(Texts):
+    def forward(self, input_ids):
+        return self.values(input_ids)
+
+
+class Masked(Texts):
+    def forward(self, tokens, mask):
+        return self.values(tokens * mask)
+
+
+class Named(Texts):
+    def forward(self, input_ids, attention_mask):
+        return self.values(input_ids * attention_mask)
+
+
+def rows(count=40, length=7, seed=0):
+    return np.random.default_rng(seed).integers(0, 9, (count, length))
+
+
+def exported(module, folder, example, arrays, **options):
+    np.savez(folder / "x.npz", **arrays)
+    output = folder / "out"
+    compressor.export(
+        module, example_inputs=example, data=str(folder / "x.npz"), drop="1", rounds=1, output=str(output), **options
+    )
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_language_model_of_ones_own_has_a_perplexity_on_token_ids(dtype, tmp_path):
+    """It was refused, because its data "holds no token ids"; and --no-cache was the advice where no cache was found."""
+    module = Ids(lambda logits: logits).eval()
+    with pytest.raises(UndetectedCacheError, match="pass --no-cache"):
+        load(module, example_inputs=torch.zeros(2, 4, dtype=dtype), task="text-generation")
+    with torch.no_grad():  # samples of the model itself, so that it predicts them better than a guess
+        ids = torch.from_numpy(rows(length=1))
+        module.head.weight.mul_(8)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(11):
+            following = torch.multinomial(module(ids)[:, -1].softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, following], 1)
+    report = exported(
+        module,
+        tmp_path,
+        torch.zeros(2, 4, dtype=dtype),
+        {"input_ids": ids.numpy()},
+        task="text-generation",
+        cache=False,
+    )
+    test = ids[[int(each) for each in report["data"]["test_ids"]]]
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy(module(test)[:, :-1].flatten(0, 1), test[:, 1:].flatten())
+    assert report["quality"]["metric"] == "perplexity"
+    assert report["quality"]["figures"]["baseline"]["value"] == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+def test_tokens_of_other_names_and_lengths_are_judged_and_an_unnamed_mask_is_said(tmp_path):
+    """The names ended an export with a KeyError, after its search."""
+    arrays = {"tokens": rows(), "mask": np.ones((40, 7), dtype=np.int64)}
+    example = {"tokens": torch.zeros(2, 4, dtype=torch.int64), "mask": torch.ones(2, 4, dtype=torch.int64)}
+    report = exported(Masked(lambda x: x), tmp_path, example, arrays, task="token-classification")
+    reasons = {each["feature"]: each["reason"] for each in report["limitations"]}
+    assert report["quality"]["metric"] == "token_agreement"
+    assert reasons["padding"].endswith("if mask is the mask of padding, name it so")
+    named = {"input_ids": arrays["tokens"], "attention_mask": arrays["mask"]}
+    model = load(
+        Named(lambda x: x),
+        example_inputs={name: torch.from_numpy(value[:2]) for name, value in named.items()},
+        task="token-classification",
+    )
+    assert not [each for each in model.limitations if each.feature == "padding"]
+
+
+def test_both_ends_of_a_span_are_judged():
+    """A limitation said that quality is not measured on the end."""
+    module = Ids(lambda x: {"start_logits": x[..., 0], "end_logits": x[..., 1], "other": x[:, 0]})
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    model = load(module, example_inputs=ids, task="question-answering")
+    assert (model.answer, *model.stacked) == ("start_logits", "end_logits")
+    assert not [each for each in model.limitations if each.feature == "judged output"]

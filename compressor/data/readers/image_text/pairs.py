@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compressor.data.class_folders import visible_files
 from compressor.data.readers.base import Skipped
 from compressor.data.readers.images import SUFFIXES
 from compressor.data.readers.records import json_lines
@@ -129,7 +130,7 @@ def _ids(files: Sequence[str]) -> tuple[str, ...]:
 
 def _limitations(folder: Path, files: Sequence[str], others: Sequence[str]) -> Iterator[Limitation]:
     """Yield limitations for images without a record, and for fields that are not read."""
-    images = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    images = [path for path in visible_files(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
     absent = len(
         {path.relative_to(folder).as_posix() for path in images} - {str(PurePosixPath(each)) for each in files}
     )

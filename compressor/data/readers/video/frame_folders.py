@@ -140,7 +140,10 @@ def read_videos(path: Path, name: str, preprocess: Preprocess) -> Samples:
 def _folders(path: Path) -> Iterator[Path]:
     """Yield the folders below a folder, at most three deep."""
     for depth in ("*", "*/*", "*/*/*"):
-        yield from (each for each in path.glob(depth) if each.is_dir() and not each.name.startswith("."))
+        for each in path.glob(depth):
+            hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
+            if each.is_dir() and not hidden:
+                yield each
 
 
 def _frames_in(folder: Path) -> list[Path]:

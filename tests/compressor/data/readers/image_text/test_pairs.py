@@ -86,3 +86,10 @@ def test_a_file_without_pairs_is_refused(lines: str, reason: str, tmp_path: Path
 
 def test_a_folder_without_such_a_file_has_no_pairs(tmp_path: Path) -> None:
     assert metadata_of(tmp_path) is None
+
+
+def test_copies_in_hidden_folders_are_not_counted(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [{"file_name": name, "text": "good"} for name in ("a.png", "inner/b.png")])
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a.png").write_bytes((folder / "a.png").read_bytes())
+    assert read_pairs(folder / "metadata.jsonl", "squares").limitations == ()
