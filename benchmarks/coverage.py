@@ -63,6 +63,7 @@ TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
+LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
 BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
 
@@ -343,7 +344,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
-    vocabulary = module.config.get_text_config().vocab_size if "input_ids" in inputs else 0
+    vocabulary = getattr(module.config.get_text_config(), "vocab_size", LETTERS) if "input_ids" in inputs else 0
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
         sizes = [size if isinstance(size, int) else None for size in each.shape]

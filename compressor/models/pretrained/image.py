@@ -79,8 +79,12 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
 
 
 def _vision_config(module: Any) -> Any:
+    """Return the config of the part of a model that reads the images: that with their size, if one states it."""
     config = module.config
-    return next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
+    part = next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
+    backbone = getattr(part, "backbone_config", None)  # SAM 2 states the size there
+    stated = getattr(part, "image_size", None) is None and getattr(backbone, "image_size", None) is not None
+    return backbone if stated else part
 
 
 def channels_of(module: Any) -> int:
