@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.base import Model, ModelError, OtherInputsError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save, tokenizer_of
@@ -129,8 +129,8 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
     tokens.
 
     Raises:
-        ModelError: it fails on all of them, or returns other outputs. Encoder-decoders also need the tokens of the
-            decoder, or an end token in every text; CLIP also needs an image; an encoder can return a pooled output
+        OtherInputsError: it fails on all of them, or returns other outputs. Encoder-decoders also need the tokens of
+            the decoder, or an end token in every text; CLIP also needs an image; an encoder can return a pooled output
             only.
     """
     signature = signature_of(task, ("input_ids",))
@@ -144,7 +144,7 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
         else:
             return tokens
     assert first is not None
-    raise ModelError(
+    raise OtherInputsError(
         f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
         f"text of token ids alone ({first_line(first)}); pass it as a module of your own, package.module:factory, "
         "whose forward takes tensors and returns the output that you need."
@@ -152,7 +152,7 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
 
 
 def text_inputs(module: Any, tokenizer: Any, location: str, tokens: int = TOKENS) -> tuple[str, ...]:
-    """Return the names of the inputs that the tokenizer returns and the module uses, seen on a text of `tokens` tokens.
+    """Return the names of the inputs that the tokenizer returns and the module uses, on a text of `tokens` tokens.
 
     Raises:
         ModelError: the module fails on a text with an attention mask or token types, though it takes them.
