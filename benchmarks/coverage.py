@@ -368,7 +368,8 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
         elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound
             kind = bool if each.type == "tensor(bool)" else np.int64
             long = 2 if "pixel" in name else FRAMES if sound else length
-            feeds[name] = np.ones([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
+            filled = np.zeros if name.endswith("_padding") else np.ones  # 1 where a time series is padded
+            feeds[name] = filled([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
         else:
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)

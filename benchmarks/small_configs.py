@@ -78,8 +78,12 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["deepstack_visual_indexes"] = [0, 1]
     if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions
         fields["attention_types"] = [[["global", "local"], 1]]
-    if {"subsampling_factor", "upsampling_factor"} & set(values) and "num_key_value_heads" in fields:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]  # Nemotron 3's encoders of sound share none
+    if {"subsampling_factor", "upsampling_factor", "subsample_layers"} & set(
+        values
+    ) and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = fields[
+            "num_attention_heads"
+        ]  # encoders of sound of Nemotron 3 and Granite share none
     heads = (values.get("qk_nope_head_dim"), values.get("qk_rope_head_dim"))
     if None not in heads and values.get("head_dim") == sum(heads):  # Mistral 4, whose rotary share is one of the whole
         fields["head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
@@ -132,6 +136,8 @@ def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None
     if "projector_input_dim" in values:  # Llama 4: pixels are shuffled before a projection
         fields["intermediate_size"] = round(fields["hidden_size"] / values["pixel_shuffle_ratio"] ** 2)
         fields |= {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+    if "context_length" in values:
+        fields["context_length"] = min(values["context_length"], 512)  # TimesFM 2.5 has 16,384
     if "bbox_scale" in values:  # BROS divides its width among the sines of eight coordinates
         fields["hidden_size"] = 64
     if "patch_embeds_hidden_size" in values:  # CLAP
@@ -164,6 +170,8 @@ def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
         fields["prompt_encoder_config"] |= {"patch_size": 8, "image_size": 8 * side}
     if "num_queries" in values and (values.get("two_stage") or backbone.get("image_size")):
         fields["num_queries"] = 8  # of as few tokens of an image
+        if "text_config" in values and "image_size" in backbone:  # Grounding DINO normalises over the last stage
+            backbone["image_size"] = 2 * STAGED_SIDE
     if "bridge_connector" in values or "layer_list_out_channels" in values:  # UVDoc and PP-OCRv6 join all stages
         names = values["backbone_config"]["stage_names"][1:]
         backbone |= {"out_features": names, "out_indices": list(range(1, len(names) + 1))}

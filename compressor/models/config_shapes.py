@@ -17,6 +17,7 @@ from compressor.models.base import OtherInputsError, first_line
 SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
 FRAMES = 128  # of a spectrogram
+STACKED = 120  # of one whose frames are stacked; no multiple of a block of attention, which would be fixed
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
 # Names of sizes in the configs of transformers.
 WIDTHS = (
@@ -62,7 +63,7 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
         OtherInputsError: the model fails on every shape that was tried.
     """
     reasons, fixed = [], None
-    for shape, axis in sound_shapes(module.config, main):
+    for shape, axis in (*sound_shapes(module.config, main), *_stacked(module, main)):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
         if reason is not None:
@@ -108,6 +109,18 @@ def sound_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]
     if main == "past_values":
         for length in numbers(config, ("context_length",)):
             yield from (((length, channels), 0) for channels in numbers(config, ("num_input_channels",)))
+
+
+def _stacked(module: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of spectrograms whose frames stand beside each other, as Granite Speech reads four as one.
+
+    Their width is what a layer of the module reads: a multiple of a width in the config.
+    """
+    widths = numbers(module.config, WIDTHS) if main in SOUND else []
+    read = dict.fromkeys(part.in_features for part in module.modules() if isinstance(part, torch.nn.Linear))
+    for size in read:
+        if any(size > width and size % width == 0 for width in widths):
+            yield (STACKED, size), 1
 
 
 def numbers(config: Any, names: Sequence[str]) -> list[int]:
