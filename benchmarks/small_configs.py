@@ -136,6 +136,9 @@ def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None
     if "projector_input_dim" in values:  # Llama 4: pixels are shuffled before a projection
         fields["intermediate_size"] = round(fields["hidden_size"] / values["pixel_shuffle_ratio"] ** 2)
         fields |= {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+    if "merge_index" in values:  # SegGPT joins an image and its prompt
+        fields |= {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8, "decoder_hidden_size": 16}
+        fields |= {"merge_index": 0, "intermediate_hidden_state_indices": [1]}
     if "context_length" in values:
         fields["context_length"] = min(values["context_length"], 512)  # TimesFM 2.5 has 16,384
     if "bbox_scale" in values:  # BROS divides its width among the sines of eight coordinates
