@@ -63,6 +63,7 @@ TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
+LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
 BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
 
@@ -185,7 +186,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
         return refusal(error)
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
-    if subject.model.inputs[0] == "pixel_values" and len(subject.model.inputs) > 1:
+    several = any("arrays by the names of the inputs" in each for each in said)
+    if subject.model.inputs[0] == "pixel_values" and len(subject.model.inputs) > 1 and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
     if "image_grid_thw" in subject.model.inputs or "image_sizes" in subject.model.inputs:
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
@@ -343,7 +345,8 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
-    vocabulary = module.config.get_text_config().vocab_size if "input_ids" in inputs else 0
+    vocabulary = getattr(module.config.get_text_config(), "vocab_size", LETTERS) if "input_ids" in inputs else 0
+    sound = any(name.startswith(("input_values", "input_features")) for name in inputs)
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
         sizes = [size if isinstance(size, int) else None for size in each.shape]
@@ -364,8 +367,9 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
         elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound
             kind = bool if each.type == "tensor(bool)" else np.int64
-            long = FRAMES if "pixel" not in name else 2
-            feeds[name] = np.ones([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
+            long = 2 if "pixel" in name else FRAMES if sound else length
+            filled = np.zeros if name.endswith("_padding") else np.ones  # 1 where a time series is padded
+            feeds[name] = filled([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
         else:
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)

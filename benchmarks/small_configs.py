@@ -78,8 +78,18 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["deepstack_visual_indexes"] = [0, 1]
     if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions
         fields["attention_types"] = [[["global", "local"], 1]]
+    if {"subsampling_factor", "upsampling_factor", "subsample_layers"} & set(
+        values
+    ) and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = fields[
+            "num_attention_heads"
+        ]  # encoders of sound of Nemotron 3 and Granite share none
+    heads = (values.get("qk_nope_head_dim"), values.get("qk_rope_head_dim"))
+    if None not in heads and values.get("head_dim") == sum(heads):  # Mistral 4, whose rotary share is one of the whole
+        fields["head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
     _fit_convolutions(values, fields)
     _fit_classes(default, values, fields)
+    _fit_tokens(config_class, fields)
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if getattr(part, "model_type", None) == "timm_backbone":
@@ -90,6 +100,15 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
                 fields[name] |= {"is_decoder": True, "add_cross_attention": True}
     _fit_parts(values, fields)
     return fields
+
+
+def _fit_tokens(config_class: Any, fields: dict[str, Any]) -> None:
+    """State the tokens that checkpoints state and the class of the configuration does not declare."""
+    if config_class.__name__.startswith("ShieldGemma"):
+        fields |= {"yes_token_index": 4, "no_token_index": 5}
+    if config_class.__name__ == "Qwen2_5OmniThinkerConfig":
+        fields["vision_start_token_id"] = 4
+        fields["image_token_index"], fields["audio_token_index"], fields["video_token_index"] = 3, 5, 6
 
 
 def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
@@ -106,6 +125,28 @@ def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None
         fields["intermediate_hook_ids"] = [0] * len(values["intermediate_hook_ids"])
         for name in ("intermediate_feature_dims", "scaled_images_feature_dims"):
             fields[name] = [32] * len(values[name])
+    if "fpn_hidden_size" in values:  # SAM 2 and its successors, whose masks have the width of its pyramid
+        fields["fpn_hidden_size"] = 32
+    if "iou_head_hidden_dim" in values:
+        fields["iou_head_hidden_dim"] = 32
+    if "resnet_configs" in values or "block_configs" in values:  # lists of blocks, with which their numbers must agree
+        fields.pop("depths", None)
+    if "layer_list_out_channels" in values:  # PP-OCRv6
+        fields["layer_list_out_channels"] = GROWING
+    if "projector_input_dim" in values:  # Llama 4: pixels are shuffled before a projection
+        fields["intermediate_size"] = round(fields["hidden_size"] / values["pixel_shuffle_ratio"] ** 2)
+        fields |= {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+    if "merge_index" in values:  # SegGPT joins an image and its prompt
+        fields |= {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8, "decoder_hidden_size": 16}
+        fields |= {"merge_index": 0, "intermediate_hidden_state_indices": [1]}
+    if "context_length" in values:
+        fields["context_length"] = min(values["context_length"], 512)  # TimesFM 2.5 has 16,384
+    if "bbox_scale" in values:  # BROS divides its width among the sines of eight coordinates
+        fields["hidden_size"] = 64
+    if "patch_embeds_hidden_size" in values:  # CLAP
+        fields["hidden_size"] = values["patch_embeds_hidden_size"] * 2 ** (len(values["depths"]) - 1)
+    if "mit_hidden_size" in values:  # X-CLIP
+        fields |= {"mit_hidden_size": 32, "mit_intermediate_size": 64, "mit_num_attention_heads": 4}
     if "post_process_channels" in values:  # CHMv2
         fields |= {"post_process_channels": GROWING, "fusion_hidden_size": 32, "head_hidden_size": 32}
 
@@ -122,6 +163,25 @@ def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
     for name, part in fields.items():
         if name.endswith("_model_config") and "scaled_images_ratios" in values:
             part["image_size"] = fields["patch_size"]
+    backbone = fields.get("backbone_config", {})
+    if values.get("backbone_feature_sizes") and "image_size" in backbone:  # SAM 2, and SAM 3, which scales its patches
+        side = backbone["image_size"]
+        side = side[0] // 4 if isinstance(side, list) else 4 * side // backbone["patch_size"]
+        fields["backbone_feature_sizes"] = [[side // 2**level] * 2 for level in range(3)]
+    if "prompt_encoder_config" in fields and "vision_config" in fields:
+        side = fields["vision_config"]["backbone_feature_sizes"][-1][0]
+        fields["prompt_encoder_config"] |= {"patch_size": 8, "image_size": 8 * side}
+    if "num_queries" in values and (values.get("two_stage") or backbone.get("image_size")):
+        fields["num_queries"] = 8  # of as few tokens of an image
+        if "text_config" in values and "image_size" in backbone:  # Grounding DINO normalises over the last stage
+            backbone["image_size"] = 2 * STAGED_SIDE
+    if "bridge_connector" in values or "layer_list_out_channels" in values:  # UVDoc and PP-OCRv6 join all stages
+        names = values["backbone_config"]["stage_names"][1:]
+        backbone |= {"out_features": names, "out_indices": list(range(1, len(names) + 1))}
+        if "layer_list_out_channels" in values:  # each stage of its detectors halves the image, of the default not
+            widths = zip([GROWING[0], *GROWING], GROWING, strict=False)
+            backbone["block_configs"] = [[[3, *each, 1 + bool(stage), not stage]] for stage, each in enumerate(widths)]
+            backbone["stem_channels"] = [3, GROWING[0], GROWING[0]]
     vision, text = (fields.get(name, {}) for name in ("vision_config", "text_config"))
     wide = [(values.get(name) or {}).get("hidden_size") for name in ("vision_config", "text_config")]
     if None in wide or "hidden_size" not in vision or "hidden_size" not in text:

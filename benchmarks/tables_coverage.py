@@ -27,6 +27,9 @@ KINDS = {
     "cannot be written as ONNX": "has an operator without an ONNX form",
     "KV cache": "keeps a cache of another kind than keys and values",
     "no residual branch": "has no residual branch",
+    "draws random numbers": "draws random numbers",
+    "leaves out the mask of texts without padding": "attends to later tokens where no text is padded",
+    "does not give features of images alone": "reads videos and texts in another way than CLIP",
     "transformers could not load": "cannot be loaded by transformers from its own checkpoint",
     "": "other",
 }

@@ -37,7 +37,11 @@ class BatchError(CompressorError):
 
 
 class TracedGraphError(CompressorError):
-    """A traced graph that does not compute what its module computes."""
+    """A traced graph that does not compute what its module computes, and the first place where they differ."""
+
+    def __init__(self, place: str, message: str) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> None:
@@ -94,11 +98,13 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
         compared, alone = row, _alone(model, row)  # torch.export assumes batches of at least two rows
         _check_alone(reference, alone, graph, feeds, lambda: torch_outputs(graph, row))
     except ParityError as error:
+        place = error.place or first_line(error)
         raise TracedGraphError(
+            place,
             f"{model.name} was traced into a graph that computes other outputs than the module "
-            f"({error.place or first_line(error)}), expected the same for every batch; a value that depends on the "
+            f"({place}), expected the same for every batch; a value that depends on the "
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
-            f"tensor operators in forward{_keeping_the_mask(model, compared)}."
+            f"tensor operators in forward{_keeping_the_mask(model, compared)}.",
         ) from error
     _check_row(reference, alone, model, graph, feeds)
     rows = len(feeds[model.inputs[0]])

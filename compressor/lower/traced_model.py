@@ -22,11 +22,11 @@ from compressor.limitations import Limitation
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.probabilities import with_logits
-from compressor.lower.self_parity import check_self_parity
+from compressor.lower.self_parity import TracedGraphError, check_self_parity
 from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
-from compressor.models.base import UndetectedCacheError, first_line
+from compressor.models.base import RECOMPUTES, UndetectedCacheError, first_line
 from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
@@ -174,9 +174,39 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             model = with_state(model, [depth for depth, _ in stages.stages])
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
-        check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
+        _check_itself(model, graph, data, settings)
         model = with_logits(model, data)
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
+
+
+def _check_itself(model: Model, graph: Graph, data: Data, settings: Settings) -> None:
+    """Compare the graph with its module on some samples.
+
+    A language model that computes something else once its cache holds tokens, as GIT counts those of an image in it, is
+    told to leave the cache out if it can.
+
+    Raises:
+        CompressorError: they differ, or the module with itself.
+    """
+    try:
+        check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
+    except TracedGraphError as error:
+        cached = model.task == "text-generation" and bool(model.state) and settings.cache
+        if not cached or not _loads(dataclasses.replace(settings, cache=False)):
+            raise
+        raise SubjectError(
+            f"{model.name} computes other outputs with an empty cache than with tokens in it ({error.place}), and one "
+            f"graph holds only the latter; pass --no-cache to export without a cache, {RECOMPUTES}."
+        ) from error
+
+
+def _loads(settings: Settings) -> bool:
+    """Return whether a model can be loaded and traced with some settings."""
+    try:
+        load(settings, Steps(None))
+    except CompressorError:
+        return False
+    return True
 
 
 def _load_model(settings: Settings) -> Model:

@@ -34,6 +34,10 @@ class ModelError(CompressorError):
     """A MODEL argument that cannot be loaded."""
 
 
+class OtherInputsError(ModelError):
+    """A model that fails on the inputs that its task has."""
+
+
 class NoImageSizeError(ModelError):
     """A size of images for a model that takes none."""
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from compressor.models.base import ModelError, first_line
+from compressor.models.base import OtherInputsError, first_line
 
 # The main inputs of models of sound: a waveform, or a spectrogram.
 SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
 FRAMES = 128  # of a spectrogram
+STACKED = 120  # of one whose frames are stacked; no multiple of a block of attention, which would be fixed
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
 # Names of sizes in the configs of transformers.
 WIDTHS = (
@@ -59,10 +60,10 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
         location: name of the model in messages.
 
     Raises:
-        ModelError: the model fails on every shape that was tried.
+        OtherInputsError: the model fails on every shape that was tried.
     """
     reasons, fixed = [], None
-    for shape, axis in _shapes(module.config, main):
+    for shape, axis in (*sound_shapes(module.config, main), *_stacked(module, main)):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
         if reason is not None:
@@ -73,7 +74,7 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
             fixed = example
     if fixed is not None:
         return fixed, 0
-    raise ModelError(
+    raise OtherInputsError(
         f"{location} is a {type(module).__name__} without a preprocessor, and it fails on every shape of {main} that "
         f"its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json, or pass it as "
         "a module of your own, package.module:factory, with example inputs."
@@ -90,27 +91,39 @@ def refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | N
     return None
 
 
-def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+def sound_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     """Yield shapes of a sample, each with the axis of time, counted with the batch as axis 0."""
     if main == "input_values":
         yield (SAMPLES,), 1
         yield (1, SAMPLES), 2
     if main in SOUND:
-        for width in _numbers(config, WIDTHS):
+        for width in numbers(config, WIDTHS):
             yield (FRAMES, width), 1
             yield (width, FRAMES), 2
-            yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
-            yield from (((width, STEPS * length), 0) for length in _numbers(config, LENGTHS))
+            yield from (((length, width), 0) for length in numbers(config, LENGTHS))
+            yield from (((width, STEPS * length), 0) for length in numbers(config, LENGTHS))
     if main.startswith("pixel_values"):
-        for frames in _numbers(config, CLIPS):
-            for side in _numbers(config, SIDES):
-                yield from (((frames, channels, side, side), 0) for channels in _numbers(config, COLOURS))
+        for frames in numbers(config, CLIPS):
+            for side in numbers(config, SIDES):
+                yield from (((frames, channels, side, side), 0) for channels in numbers(config, COLOURS))
     if main == "past_values":
-        for length in _numbers(config, ("context_length",)):
-            yield from (((length, channels), 0) for channels in _numbers(config, ("num_input_channels",)))
+        for length in numbers(config, ("context_length",)):
+            yield from (((length, channels), 0) for channels in numbers(config, ("num_input_channels",)))
 
 
-def _numbers(config: Any, names: Sequence[str]) -> list[int]:
+def _stacked(module: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of spectrograms whose frames stand beside each other, as Granite Speech reads four as one.
+
+    Their width is what a layer of the module reads: a multiple of a width in the config.
+    """
+    widths = numbers(module.config, WIDTHS) if main in SOUND else []
+    read = dict.fromkeys(part.in_features for part in module.modules() if isinstance(part, torch.nn.Linear))
+    for size in read:
+        if any(size > width and size % width == 0 for width in widths):
+            yield (STACKED, size), 1
+
+
+def numbers(config: Any, names: Sequence[str]) -> list[int]:
     """Return the whole numbers of these names in a config and in its parts, such as that of an encoder."""
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
     found = [getattr(part, name, None) for part in parts for name in names]

@@ -16,8 +16,9 @@ from transformers.models.auto import modeling_auto
 from compressor.choices import CTC, ZERO_SHOT, ImageSize
 from compressor.internals.transformers import made_by, quiet, with_random_weights
 from compressor.limitations import Limitation
+from compressor.models import several_inputs
 from compressor.models.audio.inputs import takes_series, takes_sound
-from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
+from compressor.models.base import Model, ModelError, OtherInputsError, load_error_reason, no_language_model
 from compressor.models.config_shapes import CLIPS, SOUND, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
@@ -82,6 +83,7 @@ AUTO = {
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
     vision_language.TASK: "AutoModelForImageTextToText",
 }
+FEATURES = ("feature-extraction", "image-feature-extraction", ZERO_SHOT)
 TOKENS = {"input_ids", "decoder_input_ids"}  # inputs that are looked up in the embeddings of tokens
 
 
@@ -337,6 +339,17 @@ def wrap(loaded: Loaded) -> Model:
 
 
 def _wrapped(loaded: Loaded) -> Model:
+    """Return the model by the inputs of its task, or by all its inputs if it computes features of several."""
+    try:
+        return _of_task(loaded)
+    except OtherInputsError:
+        model = several_inputs.wrap(loaded) if loaded.task in FEATURES else None
+        if model is None:
+            raise
+        return model
+
+
+def _of_task(loaded: Loaded) -> Model:
     if loaded.task in encoder_decoder.TASKS:
         return pretrained_encoder_decoder.wrap(loaded)
     if loaded.task == ZERO_SHOT:

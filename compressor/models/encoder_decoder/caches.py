@@ -9,6 +9,7 @@ no input here: the file of the decoder that is cut from the graph reads them as 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,7 @@ class EncoderDecoder:
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
         axes: dynamic axes of the inputs of the encoder.
+        told: whether the module is told to return a cache; one whose encoder refuses that does it by its config.
     """
 
     encoder_inputs: tuple[str, ...]
@@ -71,6 +73,7 @@ class EncoderDecoder:
     argument: str
     entry: str
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    told: bool = True
 
     @property
     def data_inputs(self) -> tuple[str, ...]:
@@ -142,7 +145,8 @@ class EncoderDecoder:
     def _output(self, module: Any, plain: Mapping[str, torch.Tensor], cache: Cache, tokens: int) -> Any:
         ids = plain[DECODER_IDS]
         mask = ids.new_ones(ids.shape[0], ids.shape[1] + tokens)
-        return module(**plain, decoder_attention_mask=mask, **{self.argument: cache}, use_cache=True)
+        told = {"use_cache": True} if self.told else {}
+        return module(**plain, decoder_attention_mask=mask, **{self.argument: cache}, **told)
 
     def _past_sizes(self) -> dict[str, tuple[int, int]]:
         return dict(zip(self.pasts.values(), (size for layer in self.sizes for size in layer), strict=True))
@@ -184,10 +188,7 @@ def detect_caches(
     rows = len(next(iter(encoder_feeds.values())))
     feeds = {**encoder_feeds, DECODER_IDS: torch.zeros(rows, TOKENS, dtype=torch.int64)}
     with torch.inference_mode():
-        try:
-            output = module(**feeds, use_cache=True)
-        except Exception as error:  # a model's own code may raise anything
-            raise NoCacheError(f"a call with {' and '.join(feeds)} fails ({first_line(error)})") from error
+        output, told = _with_cache(module, feeds)
         entry = next((name for name in CACHE_NAMES if isinstance(output.get(name), EncoderDecoderCache)), None)
         if entry is None:
             raise NoCacheError("its output contains no cache of self-attentions and cross-attentions")
@@ -198,7 +199,7 @@ def detect_caches(
         sizes = tuple((heads_and_width(keys), heads_and_width(values)) for keys, values in own)
         reasons = []
         for argument in dict.fromkeys((entry, *CACHE_NAMES)):
-            found = EncoderDecoder(tuple(encoder_feeds), sizes, len(cross), argument, entry, axes)
+            found = EncoderDecoder(tuple(encoder_feeds), sizes, len(cross), argument, entry, axes, told)
             try:
                 outputs = dict(zip(found.outputs, found.call(module, *found.example(feeds).values()), strict=True))
             except Exception as error:
@@ -208,6 +209,22 @@ def detect_caches(
                 _check_causal(found, module, feeds)
                 return found
     raise NoCacheError(f"it returns a cache but does not accept one{f' ({reasons[0]})' if reasons else ''}")
+
+
+def _with_cache(module: Any, feeds: Mapping[str, torch.Tensor]) -> tuple[Any, bool]:
+    """Return the output of a module with its caches, and whether the module is told to return them.
+
+    Switch Transformers hands the argument on to its encoder, which refuses it.
+
+    Raises:
+        NoCacheError: it fails either way.
+    """
+    try:
+        return module(**feeds, use_cache=True), True
+    except Exception as error:  # a model's own code may raise anything
+        with contextlib.suppress(Exception):
+            return module(**feeds), False
+        raise NoCacheError(f"a call with {' and '.join(feeds)} fails ({first_line(error)})") from error
 
 
 def _check_causal(found: EncoderDecoder, module: Any, feeds: Mapping[str, torch.Tensor]) -> None:

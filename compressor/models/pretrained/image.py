@@ -73,14 +73,20 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
     yield from sized.limitations
     for name, assumed in IMAGE_DEFAULTS.items():
         if getattr(config, name, None) is None:
-            known = name == "image_size" and sized.sizing.size != _configured_size(module)
+            known = name == "image_size" and sized.sizing.size != configured_size(module)
             used = f"{size_text(sized.sizing.size)} is used" if known else f"{assumed} is assumed"
             yield Limitation(f"{name} of the config", f"the config does not specify it, so {used}")
 
 
 def _vision_config(module: Any) -> Any:
+    """Return the config of the part of a model that reads the images: that with their size, if one states it."""
     config = module.config
-    return next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
+    part = next(
+        (part for name in ("vision_config", "image_config", "encoder") if (part := getattr(config, name, None))), config
+    )
+    backbone = getattr(part, "backbone_config", None)  # SAM 2 states the size there
+    stated = getattr(part, "image_size", None) is None and getattr(backbone, "image_size", None) is not None
+    return backbone if stated else part
 
 
 def channels_of(module: Any) -> int:
@@ -88,8 +94,10 @@ def channels_of(module: Any) -> int:
     return int(getattr(_vision_config(module), "num_channels", None) or IMAGE_DEFAULTS["num_channels"])
 
 
-def _configured_size(module: Any) -> tuple[int, int]:
-    size = getattr(_vision_config(module), "image_size", None) or IMAGE_DEFAULTS["image_size"]
+def configured_size(module: Any) -> tuple[int, int]:
+    """Return height and width of the images in the config of a model, by default those of most models."""
+    stated = (getattr(_vision_config(module), name, None) for name in ("image_size", "max_img_size"))
+    size = next((each for each in stated if each), IMAGE_DEFAULTS["image_size"])
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
@@ -98,7 +106,7 @@ def sized(module: Any, call: Call, processor: Any, image_size: ImageSize, locati
     """Return the model at the requested size of images, or at that of its image processor."""
     channels = channels_of(module)
     _, limits = fit_statistics(processor, channels)
-    found = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
+    found = sized_model(module, call, processor, configured_size(module), channels, image_size, location)
     own = found.limitations
     if getattr(_vision_config(module), "image_size", None) is None:  # there is no size that could differ
         own = tuple(limitation for limitation in own if limitation.feature != CONFIG_SIZE)

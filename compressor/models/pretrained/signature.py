@@ -12,7 +12,7 @@ import torch
 
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
-from compressor.models.base import ModelError, first_line
+from compressor.models.base import OtherInputsError, first_line
 from compressor.models.text.probe import without_cache
 
 OUTPUTS = {
@@ -75,7 +75,7 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         values: inputs of the module in order.
 
     Raises:
-        ModelError: the module fails on these inputs alone, or returns no features.
+        OtherInputsError: the module fails on these inputs alone, or returns no features.
     """
     if signature.outputs != (HIDDEN,):
         return Signature((HIDDEN,), HIDDEN, signature.call) if _is_renamed(signature, module, values) else signature
@@ -83,7 +83,7 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         with torch.no_grad():
             name, _ = _own_output(module(**values, **without_cache(module)))
     except Exception as error:  # modules raise errors of all kinds
-        raise ModelError(
+        raise OtherInputsError(
             f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
             f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
         ) from error

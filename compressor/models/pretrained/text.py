@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.base import Model, ModelError, OtherInputsError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save, tokenizer_of
@@ -29,7 +29,16 @@ from compressor.models.text.end_tokens import at_end_token, with_end_token
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
-from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text, without_cache
+from compressor.models.text.probe import (
+    TOKENS,
+    accepts,
+    calling,
+    computes_with,
+    position_limit,
+    text,
+    vocabulary,
+    without_cache,
+)
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 EXAMPLE_TOKENS = 16
@@ -57,12 +66,12 @@ def _wrapped(loaded: Loaded) -> Model:
     tokenizer = tokenizer_of(location, loaded.options)
     if tokenizer is not None:
         sentence_transformers.prepare_tokenizer(tokenizer, loaded.sentence_files, location)
-    _check_text_model(module, task, location)
-    inputs = text_inputs(module, tokenizer, location)
-    signature = _signature(module, task, inputs)
+    shortest = _shortest_text(module, task, location)
+    inputs = text_inputs(module, tokenizer, location, shortest)
+    signature = _signature(module, task, inputs, shortest)
     longest = max_length(module, tokenizer, loaded.sentence_files)
-    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, longest)
-    example = _text_example(module, inputs, longest)
+    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, longest, shortest)
+    example = _text_example(module, inputs, longest, shortest)
     return Model(
         **loaded.fields,
         call=signature.call,
@@ -86,9 +95,9 @@ def _wrapped(loaded: Loaded) -> Model:
     )
 
 
-def _signature(module: Any, task: str, inputs: tuple[str, ...]) -> Signature:
+def _signature(module: Any, task: str, inputs: tuple[str, ...], tokens: int) -> Signature:
     """Return the outputs of a module for a text."""
-    values = text()
+    values = text(tokens)
     values["token_type_ids"] = torch.zeros_like(values["input_ids"])
     with calling(module):
         return with_own_output(signature_of(task, inputs), module, {name: values[name] for name in inputs})
@@ -112,35 +121,44 @@ def text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | Non
         )
 
 
-def _check_text_model(module: Any, task: str, location: str) -> None:
-    """Check that a module gives the outputs of a task for token ids alone.
+def _shortest_text(module: Any, task: str, location: str) -> int:
+    """Return the number of tokens of the shortest text for which a module gives the outputs of a task.
 
-    Encoder-decoders also need the tokens of the decoder, or an end token in every text; CLIP also needs an image; an
-    encoder can return a pooled output only.
+    It is that of the usual probe, or a larger one up to that of the example for a module that fails on less, such as
+    CANINE, which pools four characters into one, and Funnel, whose last block has no relative positions for four
+    tokens.
 
     Raises:
-        ModelError: it fails, or returns other outputs.
+        OtherInputsError: it fails on all of them, or returns other outputs. Encoder-decoders also need the tokens of
+            the decoder, or an end token in every text; CLIP also needs an image; an encoder can return a pooled output
+            only.
     """
     signature = signature_of(task, ("input_ids",))
-    try:
-        with calling(module):
-            signature.call(module, text()["input_ids"])
-    except Exception as error:  # modules raise errors of all kinds
-        raise ModelError(
-            f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
-            f"text of token ids alone ({first_line(error)}); pass it as a module of your own, package.module:factory, "
-            "whose forward takes tensors and returns the output that you need."
-        ) from error
+    first: Exception | None = None
+    for tokens in range(TOKENS, EXAMPLE_TOKENS + 1):
+        try:
+            with calling(module):
+                signature.call(module, text(tokens)["input_ids"])
+        except Exception as error:  # modules raise errors of all kinds
+            first = error if first is None else first
+        else:
+            return tokens
+    assert first is not None
+    raise OtherInputsError(
+        f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
+        f"text of token ids alone ({first_line(first)}); pass it as a module of your own, package.module:factory, "
+        "whose forward takes tensors and returns the output that you need."
+    ) from first
 
 
-def text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
-    """Return the names of the inputs that the tokenizer returns and the module uses.
+def text_inputs(module: Any, tokenizer: Any, location: str, tokens: int = TOKENS) -> tuple[str, ...]:
+    """Return the names of the inputs that the tokenizer returns and the module uses, on a text of `tokens` tokens.
 
     Raises:
         ModelError: the module fails on a text with an attention mask or token types, though it takes them.
     """
     offered = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
-    inputs = text()
+    inputs = text(tokens)
     ids = {"input_ids": inputs["input_ids"], **without_cache(module)}
     type_ids = torch.zeros_like(inputs["input_ids"])
     try:
@@ -159,21 +177,21 @@ def text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
     return tuple(name for name, is_used in used.items() if is_used)
 
 
-def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> dict[str, torch.Tensor]:
+def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None, shortest: int) -> dict[str, torch.Tensor]:
     """Return two rows of tokens, the second with padding, so that the mask is not constant.
 
     Raises:
         ModelError: the config has no size of the vocabulary.
     """
-    vocabulary = getattr(module.config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
+    size = vocabulary(module, shortest)
+    if size is None:
         raise ModelError(
             f"the config of a {type(module).__name__} has no vocab_size, from which the token ids of the example are "
             "drawn; add it to config.json, or pass the model as a module of your own, package.module:factory, with "
             "example inputs."
         )
     tokens = EXAMPLE_TOKENS if longest is None else min(EXAMPLE_TOKENS, longest)
-    ids = torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, size, (2, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, tokens * 3 // 4 :] = 0
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
@@ -181,9 +199,18 @@ def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> 
 
 
 def _padding(
-    module: Any, signature: Signature, inputs: tuple[str, ...], tokenizer: Any, task: str, longest: int | None
+    module: Any,
+    signature: Signature,
+    inputs: tuple[str, ...],
+    tokenizer: Any,
+    task: str,
+    longest: int | None,
+    shortest: int,
 ) -> tuple[Padding | None, list[Limitation]]:
-    """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it."""
+    """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it.
+
+    Texts below the number of tokens that the module takes are padded to it.
+    """
     config = module.config.get_text_config()
     position = signature.outputs.index(signature.answer)
 
@@ -192,14 +219,23 @@ def _padding(
             return signature.call(module, *(torch.from_numpy(feeds[name]) for name in inputs))[position]
 
     if tokenizer is None:
-        return None, allow_batches(answer, config, inputs)
+        return None, [*allow_batches(answer, config, inputs, shortest), *_least(shortest, "give rows of no less")]
     if task == "text-generation":
         return causal_padding(tokenizer, config), []
-    padding, limitations = find_padding(answer, tokenizer, config, inputs, longest)
+    least = 0 if shortest == TOKENS else shortest
+    padding, limitations = find_padding(answer, tokenizer, config, inputs, longest, least)
+    limitations += _least(shortest, "shorter texts are padded to it")
     tokenizer.padding_side = padding.side
     if padding.token in tokenizer.all_special_ids and padding.token != tokenizer.pad_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)
     return padding, limitations
+
+
+def _least(shortest: int, consequence: str) -> list[Limitation]:
+    """Return the limitation of a model that fails on texts of a few tokens; none for others."""
+    if shortest == TOKENS:
+        return []
+    return [Limitation("least length", f"the model fails on texts of less than {shortest} tokens; {consequence}")]
 
 
 def text_preprocess(

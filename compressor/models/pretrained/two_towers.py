@@ -11,7 +11,7 @@ import torch
 
 from compressor.choices import DYNAMIC, ZERO_SHOT
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.base import Model, ModelError, OtherInputsError, as_numpy, first_line
 from compressor.models.image_size import Call, SizedModel, call_interpolating
 from compressor.models.pretrained.image import INPUT, channels_of, image_limitations, image_preprocess, sized
 from compressor.models.pretrained.loaded import Loaded
@@ -101,7 +101,7 @@ def _text_tower(module: Any, location: str) -> TextTower:
         ModelError: the model has none.
     """
     if not (hasattr(module, "get_text_features") and hasattr(module, "get_image_features")):
-        raise ModelError(
+        raise OtherInputsError(
             f"{location} is a {type(module).__name__}, which does not give features of images alone and of texts "
             "alone; expected a model such as CLIP or SigLIP."
         )
@@ -155,13 +155,14 @@ def _sized_call(call: Call, chosen: SizedModel) -> Call:
 
 def _check_call(module: Any, call: Call, location: str) -> None:
     """Raise `ModelError` if the model does not take images as pixels, as SigLIP 2 for any size, which takes patches."""
-    size, outputs = getattr(module.config.vision_config, "image_size", None), signature_of(ZERO_SHOT, ()).outputs
+    outputs = signature_of(ZERO_SHOT, ()).outputs
+    size = getattr(getattr(module.config, "vision_config", None), "image_size", None)
     try:
         with torch.inference_mode():
             side = size if isinstance(size, int) else 224
             call(module, torch.zeros(1, channels_of(module), side, side))
     except Exception as error:  # modules raise errors of all kinds
-        raise ModelError(
+        raise OtherInputsError(
             f"{location} is a {type(module).__name__}, which does not give {', '.join(outputs)} for images [rows, "
             f"channels, height, width] and texts ({first_line(error)}); pass it as a module of your own, "
             "package.module:factory."

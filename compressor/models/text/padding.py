@@ -19,6 +19,7 @@ import torch
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import ModelError, first_line
+from compressor.models.text.probe import CHARACTERS
 
 Rows = Mapping[str, Sequence[Sequence[int]]]
 Answer = Callable[[dict[str, npt.NDArray[Any]]], torch.Tensor]
@@ -66,7 +67,7 @@ def causal_padding(tokenizer: Any, config: Any) -> Padding:
 
 
 def find_padding(
-    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None
+    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None, least: int = 0
 ) -> tuple[Padding, list[Limitation]]:
     """Return the first padding that leaves the outputs of a row unchanged, and what has to be said about it.
 
@@ -79,17 +80,20 @@ def find_padding(
         config: config of the text model; its ``pad_token_id`` may be set.
         inputs: input names of the model.
         longest: maximum number of tokens of a row; None if there is none.
+        least: minimum number of tokens of a row.
     """
-    usual = Padding(next(_tokens(tokenizer, config), 0), tokenizer.padding_side)
+    usual = Padding(next(_tokens(tokenizer, config), 0), tokenizer.padding_side, least)
     rows = _example_rows(tokenizer, inputs, longest)
     if rows is None:
         reason = "not checked, because the tokenizer does not make rows of two lengths of two test texts"
         return usual, [Limitation("padding", reason)]
     alone = answer(usual.pad({name: values[:1] for name, values in rows.items()}, tokenizer.pad_token_type_id))
+    if alone.ndim > 1 and alone.shape[1] == least:
+        alone = _of_tokens(alone, len(rows["input_ids"][0]), usual.side)
     before = getattr(config, "pad_token_id", None)
     # A negative id pads nothing: older configs of Llama have -1.
-    refuses = _refuses_batches(answer, usual, rows) or (before is not None and not 0 <= before < config.vocab_size)
-    for padding in _candidates(tokenizer, config):
+    refuses = _refuses_batches(answer, usual, rows) or (before is not None and before not in _known(config))
+    for padding in _candidates(tokenizer, config, least):
         if refuses:
             config.pad_token_id = padding.token
         if _is_same(alone, answer(padding.pad(rows, tokenizer.pad_token_type_id)), rows, padding.side):
@@ -117,10 +121,10 @@ def _choice(padding: Padding, usual: Padding, tokenizer: Any, refuses: bool) -> 
         yield Limitation("padding token", f"texts are padded with the token id {padding.token}, not by the tokenizer")
 
 
-def _candidates(tokenizer: Any, config: Any) -> Iterator[Padding]:
+def _candidates(tokenizer: Any, config: Any, least: int) -> Iterator[Padding]:
     tokens = list(_tokens(tokenizer, config)) or [0]
     for side in (tokenizer.padding_side, LEFT if tokenizer.padding_side == RIGHT else RIGHT):
-        yield from (Padding(token, side) for token in tokens)
+        yield from (Padding(token, side, least) for token in tokens)
 
 
 def _tokens(tokenizer: Any, config: Any) -> Iterator[int]:
@@ -129,8 +133,13 @@ def _tokens(tokenizer: Any, config: Any) -> Iterator[int]:
     ids = [getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None)]
     ids += ends if isinstance(ends, list) else [ends]
     ids += [getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL]
-    valid = (token for token in ids if isinstance(token, int) and 0 <= token < config.vocab_size)
-    yield from dict.fromkeys(valid)
+    known = _known(config)
+    yield from dict.fromkeys(token for token in ids if isinstance(token, int) and token in known)
+
+
+def _known(config: Any) -> range:
+    """Return the token ids of a model; those of Unicode for one that hashes characters and states no vocabulary."""
+    return range(getattr(config, "vocab_size", CHARACTERS))
 
 
 def _example_rows(tokenizer: Any, inputs: Sequence[str], longest: int | None) -> dict[str, list[list[int]]] | None:
@@ -158,12 +167,17 @@ def _is_same(alone: torch.Tensor, batch: torch.Tensor, rows: Rows, side: str) ->
     """Return whether the first row of a batch has the outputs of that row alone; outputs of padding are ignored."""
     row, tokens = batch[:1], len(rows["input_ids"][0])
     if row.ndim > 1 and row.shape[1] != alone.shape[1]:
-        row = row[:, :tokens] if side == RIGHT else row[:, -tokens:]
+        row = _of_tokens(row, tokens, side)
     difference = (row - alone).abs().max()
     return bool(difference <= SAME * alone.abs().max())
 
 
-def allow_batches(answer: Answer, config: Any, inputs: Sequence[str]) -> list[Limitation]:
+def _of_tokens(outputs: torch.Tensor, tokens: int, side: str) -> torch.Tensor:
+    """Return the outputs of the tokens of a row that is padded on a side, [1, tokens, ...]."""
+    return outputs[:, :tokens] if side == RIGHT else outputs[:, -tokens:]
+
+
+def allow_batches(answer: Answer, config: Any, inputs: Sequence[str], tokens: int = 2) -> list[Limitation]:
     """Set the ``pad_token_id`` of a model without a tokenizer that refuses batches without one.
 
     Returns:
@@ -172,9 +186,8 @@ def allow_batches(answer: Answer, config: Any, inputs: Sequence[str]) -> list[Li
     Raises:
         ModelError: the model refuses batches, and its config has no token that can be the padding.
     """
-    rows = {
-        name: [[1, 2], [1, 2]] if name == "input_ids" else [[int(name == "attention_mask")] * 2] * 2 for name in inputs
-    }
+    ids = [index % 2 + 1 for index in range(tokens)]
+    rows = {name: [ids if name == "input_ids" else [int(name == "attention_mask")] * tokens] * 2 for name in inputs}
     if getattr(config, "pad_token_id", None) is not None or not _refuses_batches(answer, Padding(0, RIGHT), rows):
         return []
     token = next(_tokens(None, config), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ PRODUCTS = frozenset(
     + [f"conv{axes}d" for axes in (1, 2, 3)]
 )
 TEXTS_ALONE = "pass --task text-generation to export it for texts alone"
+CHARACTERS = sys.maxunicode + 1
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
 
@@ -62,6 +64,29 @@ def reads_texts_alone(module: Any) -> bool:
     except Exception:  # modules raise errors of all kinds
         return False
     return tuple(logits.shape[:2]) == (1, TOKENS)
+
+
+def vocabulary(module: Any, tokens: int) -> int | None:
+    """Return the number of token ids that a module takes, of which its config may state none.
+
+    CANINE hashes the characters of Unicode into its embeddings, so it takes the last one too.
+
+    Args:
+        module: a module of transformers.
+        tokens: number of tokens of a text that it takes.
+
+    Returns:
+        None if the config states no number, and the module has an embedding that ends before the last character.
+    """
+    stated = getattr(module.config.get_text_config(), "vocab_size", None)
+    if stated is not None:
+        return int(stated)
+    try:
+        with calling(module):
+            module(input_ids=torch.full((1, tokens), CHARACTERS - 1), **without_cache(module))
+    except Exception:  # modules raise errors of all kinds
+        return None
+    return CHARACTERS
 
 
 def accepts(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:

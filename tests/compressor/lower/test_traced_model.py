@@ -14,10 +14,11 @@ from compressor.data.splits import Data
 from compressor.errors import CompressorError
 from compressor.lower import traced_model
 from compressor.lower.trace import TraceError
-from compressor.lower.traced_model import SubjectError
+from compressor.lower.traced_model import SubjectError, load
 from compressor.models import SAMPLE, Model
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
+from tests.text_models import save_model
 
 
 class Answering(torch.nn.Module):
@@ -178,3 +179,21 @@ def test_a_classifier_that_does_not_pool_its_tokens_is_refused_and_its_features_
         traced_model.load(settings, Steps(None))
     features = traced_model.load(replace(settings, task="image-feature-extraction"), Steps(None))
     assert len(features.sites) == 2
+
+
+GIT = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "vision_config": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "image_size": 32, "patch_size": 16,
+    },
+}  # fmt: skip
+
+
+def test_a_model_that_branches_on_an_empty_cache_is_told_to_leave_it_out(tmp_path):
+    """Once GIT's cache holds tokens, its mask counts those of an image in front."""
+    folder = save_model(tmp_path, "GitForCausalLM", "GitConfig", **GIT)
+    options = {"model": str(folder), "data": "random", "drop": "none"}
+    with pytest.raises(SubjectError, match=r"empty cache than with tokens in it .*; pass --no-cache to export"):
+        load(Settings(**options), Steps(None))
+    assert not load(Settings(**options, cache=False), Steps(None)).model.state

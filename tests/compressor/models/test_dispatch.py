@@ -608,4 +608,4 @@ def test_a_config_without_the_size_of_its_vocabulary_is_refused():
     """The token ids of the example are drawn from the vocabulary."""
     config = SimpleNamespace(get_text_config=SimpleNamespace)
     with pytest.raises(ModelError, match=r"config of a SimpleNamespace has no vocab_size.*package\.module:factory"):
-        _text_example(SimpleNamespace(config=config), ("input_ids", "attention_mask"), None)
+        _text_example(SimpleNamespace(config=config), ("input_ids", "attention_mask"), None, 3)

@@ -323,3 +323,31 @@ def test_a_module_that_keeps_tensors_of_a_call_computes_as_before(name):
     expected.load_state_dict(model.module.state_dict())
     assert type(found) is torch.Tensor
     torch.testing.assert_close(found, expected(images))
+
+
+def sam2():
+    backbone = {
+        "hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2],
+        "blocks_per_stage": [1, 1, 1, 1], "image_size": [128, 128], "global_attention_blocks": [],
+        "model_type": "sam2_hiera_det_model",
+    }  # fmt: skip
+    sizes = [[32, 32], [16, 16], [8, 8]]
+    return transformers.Sam2VisionConfig(
+        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], backbone_feature_sizes=sizes, fpn_hidden_size=8
+    )
+
+
+def test_without_processor_the_size_is_that_of_the_backbone(tmp_path):
+    """The feature sizes of SAM 2 fit that size alone."""
+    whole = {
+        "vision_config": sam2().to_dict(),
+        "prompt_encoder_config": {"hidden_size": 8, "image_size": 128, "patch_size": 16},
+        "mask_decoder_config": {"hidden_size": 8, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 8},
+    }
+    for folder, kind, config in (
+        ("vision", "Sam2VisionModel", sam2()),
+        ("whole", "Sam2Model", transformers.Sam2Config(**whole)),
+    ):
+        model = models.load(saved(tmp_path / folder, kind, config))
+        assert model.example["pixel_values"].shape == (2, 3, 128, 128)
+        assert "image_size of the config" not in limits(model)

@@ -104,3 +104,24 @@ def test_an_extractor_that_does_not_fit_is_refused(tmp_path):
     transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="fails on what its feature extractor returns"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bins", "stacked"), [("GraniteSpeech5Encoder", 8, 4), ("GraniteSpeech5Encoder", 12, 4)]
+)
+def test_stacked_frames_have_the_width_that_a_layer_reads(kind, bins, stacked, tmp_path):
+    """Granite Speech reads four frames as one; a number of them that its blocks divide would be fixed in the trace."""
+    config = transformers.GraniteSpeech5EncoderConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+        head_dim=8, num_mel_bins=bins, vocab_size=24, context_size=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.example["input_features"].shape[2] == stacked * bins
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    frames = torch.randn(3, 43, stacked * bins)
+    with torch.inference_mode():
+        expected = model.module(frames).last_hidden_state.numpy()
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()

@@ -280,3 +280,30 @@ def test_no_start_token_is_refused(tmp_path):
         ModelError, match=r"does not say with which token its decoder starts .*set decoder_start_token_id"
     ):
         models.load(str(tmp_path / "m"))
+
+
+MIXTURE = {
+    "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+    "num_experts": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+T5 = {name: value for name, value in MIXTURE.items() if name != "num_experts"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"), [("SwitchTransformers", MIXTURE, False), ("T5", T5, True), ("MT5", T5, True)]
+)
+def test_a_module_whose_encoder_refuses_the_argument_is_not_told_to_return_a_cache(kind, fields, told, tmp_path):
+    """Switch Transformers hands all arguments on to its encoder, which refuses to make a cache."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.call.__self__.told == told
+    feeds = {
+        name: torch.from_numpy(value) for name, value in model.preprocess.complete(model.preprocess.example).items()
+    }
+    found = dict(zip(model.outputs, run(trace(model), feeds), strict=True))["logits"]
+    own = {name: feeds[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    with torch.inference_mode():
+        expected = model.module(**own).logits
+    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()

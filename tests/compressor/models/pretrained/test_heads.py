@@ -11,7 +11,7 @@ from compressor.internals.transformers import quiet
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
-from compressor.models import ModelError
+from compressor.models import ModelError, several_inputs
 from passes.execute.interpreter import run
 
 CLOSE = 1e-5
@@ -200,11 +200,15 @@ def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
     assert (model.source, model.task) == ("transformers", "image-classification")
 
 
-def test_what_a_module_needs_besides_is_named(tmp_path):
+def test_what_a_module_needs_besides_is_taken_or_named(tmp_path, monkeypatch):
+    """SegGPT needs a prompt of an image and a mask, whose forms are tried."""
     sizes = {"image_size": [32, 16], "patch_size": 8, "pretrain_image_size": 16, "decoder_hidden_size": 8}
     config = transformers.SegGptConfig(**sizes, intermediate_hidden_state_indices=[0], merge_index=0, **IMAGES)
+    folder = saved(transformers.SegGptModel(config), tmp_path / "m")
+    assert models.load(folder).inputs == ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    monkeypatch.setattr(several_inputs, "TRIALS", 0)
     with pytest.raises(ModelError, match=r"SegGptModel does not compute features .*'prompt_pixel_values'.*own"):
-        models.load(saved(transformers.SegGptModel(config), tmp_path / "m"))
+        models.load(folder)
 
 
 def assert_traced_as_hidden_states(model, module, height, width):

@@ -1,5 +1,7 @@
 """Padded batches give the outputs that transformers gives for each text alone, as its pipelines run them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,45 @@ def test_a_slow_tokenizer_gives_the_tokens_of_transformers(tmp_path):
     expected = slow(["abc", "é"], padding=True, return_tensors="np")
     for name in ("input_ids", "attention_mask"):
         np.testing.assert_array_equal(feeds[name], expected[name])
+
+
+FUNNEL = {"vocab_size": 40, "block_sizes": [1, 1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+CANINE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def refused(module, tokens):
+    """Return whether a module fails on a text of a number of tokens."""
+    try:
+        with torch.inference_mode():
+            module(input_ids=torch.ones(1, tokens, dtype=torch.int64))
+    except (RuntimeError, IndexError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "architecture", [("FunnelModel", "FunnelConfig", FUNNEL), ("CanineModel", "CanineConfig", CANINE)]
+)
+def test_a_model_that_fails_on_a_few_tokens_states_its_shortest_text(architecture, tmp_path):
+    """Funnel has no relative positions for four tokens in its last block; CANINE pools four characters into one."""
+    name, config, fields = architecture
+    model = models.load(save_model(tmp_path, name, config, **fields))
+    least = next(each for each in model.limitations if each.feature == "least length")
+    shortest = int(re.search(r"less than (\d+) tokens", least.reason)[1])
+    assert refused(model.module, shortest - 1)
+    assert not refused(model.module, shortest)
+    assert model.example["input_ids"].shape[1] >= shortest
+
+
+def test_texts_below_the_shortest_are_padded_to_it(tmp_path):
+    folder = save_letters(save_model(tmp_path, "FunnelModel", "FunnelConfig", **FUNNEL), **PADS)
+    model = models.load(folder)
+    feeds = model.preprocess.text(["a b"], None)
+    assert feeds["attention_mask"].sum() < feeds["attention_mask"].size == 5
+    model.call(model.module, *(torch.from_numpy(feeds[name]) for name in model.inputs))
+
+
+def test_a_text_model_that_fails_on_every_length_is_refused_with_its_first_reason(tmp_path):
+    folder = save_model(tmp_path, "ViltModel", "ViltConfig", **SIZES)
+    with pytest.raises(ModelError, match=r"for any text of token ids alone .*pixel_values"):
+        models.load(folder)

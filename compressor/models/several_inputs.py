@@ -1,0 +1,262 @@
+"""Models of transformers that compute features of several inputs: boxes beside words, an image and a text, two sounds.
+
+Their shapes come from the names of the inputs and the numbers in the config. The set with most inputs with which a call
+succeeds is taken. The data are arrays by the names of the inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from compressor.limitations import Limitation
+from compressor.models.base import Model, ModelError, as_numpy
+from compressor.models.config_shapes import CLIPS, SOUND, numbers, sound_shapes
+from compressor.models.preprocess import Preprocess
+from compressor.models.pretrained.image import channels_of, configured_size
+from compressor.models.pretrained.loaded import Loaded
+from compressor.models.pretrained.processors import image_processor, save, tokenizer_of
+from compressor.models.pretrained.signature import HIDDEN
+from compressor.models.text.probe import without_cache
+
+TOKENS = 16  # of the example; a multiple of the blocks of most models
+SHORTER = 12
+ANY = 0  # stands for the number of tokens in a shape
+SEQUENCE = "sequence"
+IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_videos")
+# What forward takes in place of another input, or makes itself.
+OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
+# Inputs with a row of numbers for each token or region, by the names of their widths in configs.
+ROWS = {
+    "visual_feats": ("visual_feat_dim",),
+    "visual_pos": ("visual_pos_dim",),
+    "states": ("state_dim",),
+    "actions": ("act_dim",),
+}
+STATES = ("encoder_hidden_size", "hidden_size", "d_model")
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+SINGLE = ("rewards", "returns_to_go")  # a number for each token
+TRIALS = 32  # calls until a model is given up
+
+Call = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of an input that is tried.
+
+    Attributes:
+        shape: sizes behind the axis of rows; `ANY` stands for the number of tokens.
+        kind: what its values are: token ids below `limit`, places 0, 1, 2, ..., ones, zeros, or normal numbers.
+        limit: number of token ids.
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["ids", "places", "mask", "zeros", "values"]
+    limit: int = 0
+
+    def values(self, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+        """Return seeded values, [rows, *shape]; the mask of the second row ends early, so that it is not constant."""
+        size = (rows, *(each or tokens for each in self.shape))
+        seeded = torch.Generator().manual_seed(seed)
+        if self.kind == "ids":
+            return torch.randint(0, self.limit, size, generator=seeded)
+        if self.kind == "places":
+            return torch.arange(tokens).expand(size).clone()
+        if self.kind == "values":
+            return torch.randn(size, generator=seeded)
+        filled = torch.full(size, int(self.kind == "mask"))
+        if self.kind == "mask" and self.shape == (ANY,):
+            filled[1:, tokens * 3 // 4 :] = 0
+        return filled
+
+    @property
+    def axes(self) -> dict[int, str]:
+        """The dynamic axes of the input."""
+        return {0: "batch"} | {axis: SEQUENCE for axis, size in enumerate(self.shape, 1) if size == ANY}
+
+
+def wrap(loaded: Loaded) -> Model | None:
+    """Return the model with all inputs that it computes features of; None if no set of inputs is found.
+
+    Raises:
+        ModelError: a size of images is asked for.
+    """
+    module, options = loaded.module, loaded.options
+    found = _found(module)
+    if found is None:
+        return None
+    forms, outputs = found
+    names = tuple(forms)
+    if loaded.image_size is not None:
+        raise ModelError(
+            f"--image-size is for models of images alone; {loaded.location} takes {', '.join(names)}, with images of "
+            "the size in its config: leave --image-size out."
+        )
+    varies = _runs(module, forms, 2, SHORTER) is not None
+    fixed = any(ANY in form.shape for form in forms.values()) and not varies
+    example = {name: form.values(2, TOKENS) for name, form in forms.items()}
+    axes = {name: form.axes if varies else {0: "batch"} for name, form in forms.items()}
+    processor, tokenizer = image_processor(loaded.location, options), tokenizer_of(loaded.location, options)
+    return Model(
+        **loaded.fields | {"task": "feature-extraction"},
+        call=partial(_outputs, inputs=names, outputs=outputs),
+        inputs=names,
+        outputs=outputs,
+        answer=outputs[0],
+        example=example,
+        dynamic_axes=axes,
+        preprocess=Preprocess(
+            names,
+            "tensor",
+            as_numpy(example),
+            varying={name: tuple(axis for axis in each if axis) for name, each in axes.items()},
+        ),
+        save=partial(_save, module, (processor, tokenizer)),
+        limitations=tuple(_limitations(module, names, outputs, fixed)),
+    )
+
+
+def _save(module: Any, preprocessors: Sequence[Any], folder: Any) -> None:
+    for each in preprocessors:
+        save(module, each, {}, folder)
+
+
+def _limitations(module: Any, names: Sequence[str], outputs: Sequence[str], fixed: bool) -> Iterator[Limitation]:
+    """Yield what was assumed of the inputs and outputs."""
+    yield Limitation("preprocessing", f"the data must be arrays by the names of the inputs: {', '.join(names)}")
+    yield Limitation("features", f"the outputs are the tensors that the model returns: {', '.join(outputs)}")
+    left_out = [name for name in _known(module) if name not in names]
+    if left_out:
+        yield Limitation(f"input {', '.join(left_out)}", "the model also takes it, but the export does not")
+    if fixed:
+        yield Limitation("length", f"the model takes rows of {TOKENS} tokens alone, as its call with {SHORTER} fails")
+
+
+def _known(module: Any) -> dict[str, tuple[Form, ...]]:
+    """Return the inputs of a module whose forms are known, with the forms of each, in their order."""
+    taken = inspect.signature(module.forward).parameters
+    found = {name: tuple(_forms(module, name)) for name in taken if not name.startswith("output_")}
+    return {name: forms for name, forms in found.items() if forms}
+
+
+def _forms(module: Any, name: str) -> Iterator[Form]:
+    """Yield the forms in which an input of a name is tried."""
+    config = module.config
+    if name.endswith(("input_ids", "task_inputs")):
+        yield from (Form((ANY,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
+    elif name in IMAGES:
+        size, channels = configured_size(module), channels_of(module)
+        yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
+        yield Form((channels, *size), "values")
+        yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
+    elif name in SOUND:
+        yield from (Form(shape, "values") for shape, _ in sound_shapes(config, name))
+        yield from (Form((1, *shape), "values") for shape, _ in sound_shapes(config, name) if len(shape) > 1)
+    elif name == "bbox":
+        yield from (Form((ANY, 4), kind) for kind in ("values", "zeros"))
+    elif name in ROWS:
+        yield from (Form((ANY, width), "values") for width in numbers(config, ROWS[name])[:1])
+    elif name in SINGLE:
+        yield Form((ANY, 1), "values")
+    elif name == "timesteps":
+        yield Form((ANY,), "places")
+    elif name.endswith(("_embeds", "hidden_states")):
+        yield from (Form((ANY, width), "values") for width in numbers(config, STATES))
+    elif name in ("past_values", "past_values_padding"):
+        kind: Literal["values", "zeros"] = "values" if name == "past_values" else "zeros"
+        yield from (Form((length,), kind) for length in numbers(config, ("context_length",)))
+    elif name == "freq":
+        yield Form((1,), "zeros")
+    elif name == "attention_mask":
+        yield Form((ANY,), "mask")
+    elif name == "token_type_ids":
+        yield Form((ANY,), "zeros")
+
+
+def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
+    """Return the forms of the largest set of inputs with which a module gives features, and the names of these."""
+    known = _known(module)
+    taken = inspect.signature(module.forward).parameters.values()
+    required = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    if any(name not in known for name in required):
+        return None
+    optional = [name for name in known if name not in required]
+    usual = [name for name in optional if name not in OTHERS]
+    trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
+    for forms in itertools.islice(trials, TRIALS):
+        outputs = _of_rows(module, forms, _runs(module, forms, 2, TOKENS))
+        if outputs and not _unread(module, forms, outputs):
+            return forms, outputs
+    return None
+
+
+def _unread(module: Any, forms: Mapping[str, Form], outputs: Sequence[str]) -> bool:
+    """Return whether an input changes none of the outputs, such as the texts of X-CLIP without its similarities."""
+    feeds = {name: form.values(2, TOKENS) for name, form in forms.items()}
+    changed = {name: form.values(2, TOKENS, seed=1) for name, form in forms.items() if form.kind in ("ids", "values")}
+    with torch.inference_mode():
+        usual = _tensors(module, feeds)
+        others = [_tensors(module, feeds | {name: value}) for name, value in changed.items()]
+    return any(all(torch.equal(usual[name], other[name]) for name in outputs) for other in others)
+
+
+def _trials(
+    known: Mapping[str, tuple[Form, ...]], required: Sequence[str], optional: Sequence[str]
+) -> Iterator[dict[str, Form]]:
+    """Yield sets of two inputs or more with their forms, the sets with most inputs first."""
+    for count in range(len(optional), -1, -1):
+        for others in itertools.combinations(optional, count):
+            names = [name for name in known if name in required or name in others]
+            if not set(names) - set(TEXT):
+                continue
+            for forms in itertools.product(*(known[name] for name in names)):
+                yield dict(zip(names, forms, strict=True))
+
+
+def _runs(module: Any, forms: Mapping[str, Form], rows: int, tokens: int) -> dict[str, torch.Size] | None:
+    """Return the shapes of the features that a module returns for some rows; None if it fails or returns none."""
+    feeds = {name: form.values(rows, tokens) for name, form in forms.items()}
+    try:
+        with torch.inference_mode():
+            returned = _tensors(module, feeds)
+    except Exception:  # modules raise errors of all kinds
+        return None
+    return {name: value.shape for name, value in returned.items()}
+
+
+def _tensors(module: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of floats among the outputs of a module, the hidden states first."""
+    returned = module(**feeds, **without_cache(module))
+    if not isinstance(returned, Mapping):
+        raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
+    names = (HIDDEN, *(name for name in returned if name != HIDDEN))
+    values = {name: returned.get(name) for name in names}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+    }
+
+
+def _of_rows(module: Any, forms: Mapping[str, Form], shapes: Mapping[str, torch.Size] | None) -> tuple[str, ...]:
+    """Return the outputs with one row for each row of the inputs: not the similarities of all rows with one another."""
+    other = None if shapes is None else _runs(module, forms, 3, TOKENS)
+    if shapes is None or other is None:
+        return ()
+    return tuple(
+        name for name, shape in shapes.items() if name in other and (shape[0], other[name]) == (2, (3, *shape[1:]))
+    )
+
+
+def _outputs(
+    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> tuple[torch.Tensor, ...]:
+    returned = _tensors(module, dict(zip(inputs, tensors, strict=True)))
+    return tuple(returned[name] for name in outputs)

@@ -1,0 +1,102 @@
+"""A model of features that needs several inputs is exported with all of them, and its file agrees with its class."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from compressor import models
+from compressor.data.splits import load as load_data
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import ModelError
+from tests.text_models import SIZES, save_model
+
+CLOSE = 1e-5  # float32 sums in another order
+LENGTH = 11
+PARTS = SIZES | {"image_size": 32, "patch_size": 16}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+CASES = {
+    "boxes beside words": ("BrosModel", "BrosConfig", SIZES | {"hidden_size": 64}),
+    "regions beside words": (
+        "LxmertModel",
+        "LxmertConfig",
+        SIZES | {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 12},
+    ),
+    "an image and a text": (
+        "FlavaModel",
+        "FlavaConfig",
+        {"text_config": PARTS, "image_config": PARTS, "multimodal_config": SMALL, "hidden_size": 32},
+    ),
+    "states and actions": (
+        "DecisionTransformerModel",
+        "DecisionTransformerConfig",
+        {"hidden_size": 16, "n_layer": 1, "n_head": 2, "state_dim": 5, "act_dim": 3, "max_ep_len": 40, "vocab_size": 8}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "a series and its frequency": (
+        "TimesFmModel",
+        "TimesFmConfig",
+        SMALL | {"head_dim": 8, "context_length": 64, "patch_length": 32, "num_key_value_heads": 2},
+    ),
+}
+
+
+def loaded(case, folder):
+    name, config, fields = CASES[case]
+    return models.load(save_model(folder, name, config, **fields))
+
+
+def longer(model):
+    """Return three rows of another length of the inputs of a model."""
+    rng = np.random.default_rng(3)
+    feeds = {}
+    for name in model.inputs:
+        value, axes = model.example[name], model.dynamic_axes[name]
+        shape = [3, *(LENGTH if axis in axes else size for axis, size in enumerate(value.shape) if axis)]
+        whole = not value.is_floating_point()
+        feeds[name] = rng.integers(0, 2, shape) if whole else rng.standard_normal(shape).astype(np.float32)
+        if name.endswith("mask"):
+            feeds[name][:] = 1
+            feeds[name][1, -2:] = 0
+    return feeds
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_takes_all_inputs_and_agrees_with_the_class(case, tmp_path):
+    model = loaded(case, tmp_path)
+    assert len(set(model.inputs) - {"attention_mask", "token_type_ids"}) > 1
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path))
+    assert {each.name for each in session.get_inputs()} == set(model.inputs)
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+    for name, found in zip(model.outputs, session.run(list(model.outputs), feeds), strict=True):
+        assert np.abs(found - expected[name].numpy()).max() <= CLOSE * np.abs(expected[name].numpy()).max()
+
+
+def test_data_are_arrays_by_the_names_of_the_inputs(tmp_path):
+    model = loaded("boxes beside words", tmp_path)
+    rows = {name: np.repeat(value.numpy(), 20, 0) for name, value in model.example.items()}
+    np.savez(tmp_path / "rows.npz", **rows)
+    data = load_data(str(tmp_path / "rows.npz"), model.preprocess, task=model.task)
+    (batch, *_) = data.calibration.batches(4)
+    assert set(batch.feeds) == set(model.inputs)
+
+
+def test_an_input_that_changes_no_output_is_left_out(tmp_path):
+    """The rewards are an argument of the decision transformer, which it does not read."""
+    model = loaded("states and actions", tmp_path)
+    assert "rewards" not in model.inputs
+    assert any("rewards" in each.feature for each in model.limitations)
+
+
+def test_a_model_that_one_input_is_enough_for_takes_that_input(tmp_path):
+    assert "inputs_embeds" not in models.load(save_model(tmp_path, "BertModel", "BertConfig", **SIZES)).inputs
+
+
+def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_path):
+    fields = {"text_config": PARTS, "vision_config": PARTS, "mit_hidden_size": 32, "projection_dim": 16}
+    with pytest.raises(ModelError, match="text of token ids alone"):
+        models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields))
