@@ -32,7 +32,7 @@ from compressor.quality.intervals import Array, Columns
 from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search import planner
 from compressor.search.cost_model import multiply_add_cost_model
-from compressor.search.decision import expected_loss
+from compressor.search.decision import ERRORS, expected_loss
 from compressor.search.greedy import Search
 from compressor.search.pareto import efficient
 from compressor.settings import Settings
@@ -80,8 +80,9 @@ class SearchPath:
 
     def held(self, number: int, rows: Array, fresh: float) -> float:
         """Return what the default decision holds to the budget, in percent; `fresh` is the loss on the rows."""
-        if self.budget.sample_losses(self._part(number, rows)) is None:
-            return fresh
+        changed = self._part(number, rows)
+        if self.budget.sample_losses(changed) is None:
+            return fresh + ERRORS * self.budget.standard_error(self._part(0, rows), changed) - ROUNDING
         validated = Loss(float(self.validation[number]), len(self.used) // 2)
         return max(fresh, expected_loss(Loss(fresh, len(rows)), validated)) - ROUNDING
 

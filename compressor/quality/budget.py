@@ -14,6 +14,7 @@ from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns, Figure
 from compressor.quality.metrics import METRICS
 
+NORMAL = 3.92  # width of a 95 % interval in standard errors
 DOUBT = 0.5  # standard error of an expected loss, as a share of it
 
 
@@ -106,6 +107,18 @@ class Budget:
             return losses
         return None
 
+    def standard_error(self, reference: Columns, columns: Columns) -> float:
+        """Return the standard error of a loss that is no mean of shares of 1 over samples, in percent; 0 of others.
+
+        It is that of a paired bootstrap over the samples (Efron 1979).
+        """
+        if self.sample_losses(columns) is not None:
+            return 0.0
+        if self.kind == ACCURACY:
+            found = loss_figure(self.metric, reference, columns)
+            return (found.high - found.low) / NORMAL
+        return float(columns["divergence"].std() / math.sqrt(len(columns["divergence"]))) * 100.0
+
 
 def _raised(expected: float, measured: Figure) -> float:
     """Return the mean of an expected and a larger measured loss, weighted by the inverse of their variances.
@@ -116,7 +129,7 @@ def _raised(expected: float, measured: Figure) -> float:
     """
     if measured.value <= expected:
         return expected
-    error = (measured.high - measured.low) / 3.92
+    error = (measured.high - measured.low) / NORMAL
     doubt = DOUBT * measured.value
     return expected + (measured.value - expected) * doubt**2 / (doubt**2 + error**2)
 

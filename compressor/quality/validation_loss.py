@@ -37,10 +37,14 @@ ROUNDING = 1e-9  # percent by which rounding alone may raise a sum of losses abo
 
 @dataclass(frozen=True)
 class Loss:
-    """Loss of a candidate in percent; a lower bound if `samples` is smaller than the validation split."""
+    """Loss of a candidate in percent; a lower bound if `samples` is smaller than the split.
+
+    `error` is its standard error in percent, where that was asked for (see `Budget.standard_error`).
+    """
 
     percent: float
     samples: int
+    error: float = 0.0
 
 
 @dataclass
@@ -101,8 +105,8 @@ class ValidationLoss:
                 "--confidence, or give another --budget"
             )
 
-    def loss(self, graph: Graph, *, limit: float = math.inf) -> Loss:
-        """Measure the loss of a rewritten graph against the original.
+    def loss(self, graph: Graph, *, limit: float = math.inf, with_error: bool = False) -> Loss:
+        """Measure the loss of a rewritten graph against the original, with its standard error if asked for.
 
         The pass stops as soon as the lower bound of the loss exceeds `limit`. The loss is infinite if an output is not
         finite.
@@ -117,7 +121,8 @@ class ValidationLoss:
                     return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
-        return Loss(self.bounded.loss(self._whole, columns), self._samples(columns))
+        error = self.bounded.standard_error(self._whole, columns) if with_error else 0.0
+        return Loss(self.bounded.loss(self._whole, columns), self._samples(columns), error)
 
     def sample_losses(self, graph: Graph) -> Array | None:
         """Return the loss of each sample as a share of 1, see `Budget.sample_losses`; all ones for NaN or infinity."""

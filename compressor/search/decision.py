@@ -35,6 +35,7 @@ from compressor.workspace.progress import Steps
 
 LOST = 1.0  # further samples that are taken to be lost in full
 SHARE = 0.25  # of the samples; an export without a budget has no decision split, and its test split is larger
+ERRORS = 1.0  # standard errors by which a loss that is no mean over samples is raised
 ATTEMPTS = 4  # engines that are judged before the export goes on without changes
 
 
@@ -50,6 +51,8 @@ class Trial:
         expected: loss to expect of new samples in percent; None where the loss is no mean over samples, or a limit was
             exceeded before.
         bound: upper confidence bound of the loss in percent; None without a confidence.
+        raised: loss and `ERRORS` of its standard errors in percent; None with a confidence, for a mean over samples and
+            where a limit was exceeded before.
     """
 
     changes: int
@@ -58,6 +61,7 @@ class Trial:
     samples: int
     expected: float | None = None
     bound: float | None = None
+    raised: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trial as plain JSON values; the loss is None where an output was NaN or infinite."""
@@ -79,7 +83,8 @@ class Decision:
         confidence: confidence of the bound that is held to the limit, between 0 and 1; None takes the loss itself.
         spent: part of the limit that the precision of the engine takes, in percent.
         trials: the plans judged so far.
-        needed: about how many samples would make the last bound meet the limit; None if it does, or none would.
+        needed: about how many samples would make the last bound, or the last loss with its standard error, meet the
+            limit; None if it does, or none would.
     """
 
     losses: ValidationLoss
@@ -129,17 +134,18 @@ class Decision:
             reference: name of the original.
             certify: whether the confidence is that of the engine, not of its graph.
         """
-        loss, bound, expected, samples = math.inf, None, None, len(self.losses.split)
+        loss, bound, expected, raised, samples = math.inf, None, None, None, len(self.losses.split)
         if evaluation is not None:
             columns = evaluation.columns["result"]
             loss = self.losses.bounded.loss(evaluation.columns[reference], columns)
             expected = self._expected(loss, self._validated(choice, loss))
+            raised = self._raised(loss, self.losses.bounded.standard_error(evaluation.columns[reference], columns))
             if certify and self.confidence is not None:
                 bound = self._bound(
                     self.losses.bounded.sample_losses(columns), 1.0 - (1.0 - self.confidence) / ATTEMPTS
                 )
-        self.trials.append(Trial(choice.count, "engine", loss, samples, expected, bound))
-        held = max(loss, *(each for each in (expected, bound) if each is not None), 0.0)
+        self.trials.append(Trial(choice.count, "engine", loss, samples, expected, bound, raised))
+        held = max(loss, *(each for each in (expected, bound, raised) if each is not None), 0.0)
         return held <= self.limit + ROUNDING or not choice.count
 
     def milder(self, choice: Choice, steps: Steps) -> Choice:
@@ -173,6 +179,7 @@ class Decision:
             "limit": self.limit,
             "loss": last.loss,
             "expected": last.expected,
+            "raised": last.raised,
             "least": self._least(),
             "confidence": self.confidence,
             "bound": bounds[-1] if bounds else None,
@@ -211,11 +218,22 @@ class Decision:
         allowed = min(limit, self._largest(validated, limit))
         if allowed < 0.0:
             return False  # without a pass over the samples
-        lost = self.losses.loss(choice.reduced(), limit=allowed)
-        within = lost.percent <= allowed + ROUNDING
-        expected = self._expected(lost.percent, validated) if lost.samples == len(self.losses.split) else None
-        self.trials.append(Trial(choice.count, "graph", lost.percent, lost.samples, expected))
-        return within
+        lost = self.losses.loss(choice.reduced(), limit=allowed, with_error=self.confidence is None)
+        whole = lost.samples == len(self.losses.split)
+        expected = self._expected(lost.percent, validated) if whole else None
+        raised = self._raised(lost.percent, lost.error) if whole else None
+        self.trials.append(Trial(choice.count, "graph", lost.percent, lost.samples, expected, raised=raised))
+        if lost.percent < allowed < lost.percent + ERRORS * lost.error:
+            self.needed = math.ceil(lost.samples * (ERRORS * lost.error / (allowed - lost.percent)) ** 2)
+        return max(lost.percent, raised or 0.0) <= allowed + ROUNDING
+
+    def _raised(self, loss: float, error: float) -> float | None:
+        """Return a loss and `ERRORS` of its standard errors; None with a confidence, and for a mean over samples.
+
+        Such a loss has no bound that holds on average, as `expected_loss` is one for means, and a plan is the strongest
+        of many, so that the one whose loss is the luckiest would be taken.
+        """
+        return None if self.confidence is not None or self.losses.averages else loss + ERRORS * error
 
     def _expected(self, loss: float, validated: Loss) -> float | None:
         """Return the loss to expect of new samples, see `expected_loss`.
@@ -300,6 +318,8 @@ def sentence(facts: dict[str, Any], tokens: str = AUTO) -> str:
         )
     kept = f"all {found}" if made == found else f"{made} of the {found}"
     expected = "" if facts["expected"] is None or not made else f"; {facts['expected']:.2f} % expected of new samples"
+    if facts["raised"] is not None and made:
+        expected = f"; {facts['raised']:.2f} % with its standard error"
     decided = (
         f"Decided on {samples} samples that the search did not see: {kept} changes of the search stay, with a loss of "
         f"{facts['loss']:.2f} % (limit {facts['limit']:g} %{expected})"
@@ -316,11 +336,11 @@ def _too_few(facts: dict[str, Any]) -> str:
 
 
 def _certificate(facts: dict[str, Any]) -> str:
-    """Return what held of the confidence, or how many samples it would take, as the end of a sentence."""
-    if facts["confidence"] is None:
-        return ""
-    confidence = f"{facts['confidence'] * 100.0:g}"
+    """Return what held of the confidence, and how many samples the next plan would take, as the end of a sentence."""
     more = "" if facts["needed"] is None else f"; the next plan would need about {facts['needed']} samples"
+    if facts["confidence"] is None:
+        return more
+    confidence = f"{facts['confidence'] * 100.0:g}"
     if facts["bound"] is None or facts["bound"] > facts["limit"]:
         return f"; nothing can be certified at {confidence} % on so few samples{more}"
     return f", certified at {confidence} % to be at most {facts['bound']:.2f} %{more}"

@@ -101,3 +101,21 @@ def test_losses_that_are_no_mean_of_shares_have_no_bound():
 def test_agreement_of_an_output_without_predictions_is_refused():
     with pytest.raises(BudgetError, match="give --budget accuracy or divergence"):
         Budget(NextTokens(), "perplexity", "agreement")
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "divergence"])
+def test_standard_error_is_the_spread_of_the_loss_over_data_sets(metric):
+    rng, found, errors = np.random.default_rng(0), [], []
+    budget = Budget(NextTokens(), "perplexity", "divergence" if metric == "divergence" else "accuracy")
+    for _ in range(200):
+        before = {"nll": rng.gamma(4.0, 25.0, 60), "tokens": np.full(60, 40.0)}
+        lost = rng.gamma(2.0, 2.0, 60)
+        after = {"nll": before["nll"] + lost, "tokens": before["tokens"], "divergence": lost / 40.0}
+        found.append(budget.loss(before, after))
+        errors.append(budget.standard_error(before, after))
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)  # 5 % for 200 draws, and 60 samples are few
+
+
+def test_a_mean_of_shares_is_bounded_otherwise_and_has_no_standard_error():
+    columns = {"agreement": np.array([1.0, 0.0]), "regret": np.array([0.0, 0.5])}
+    assert Budget(SingleClass(), "agreement").standard_error(columns, columns) == 0.0

@@ -1,6 +1,7 @@
 """Decisions on fresh samples: planted losses compared with an exhaustive choice, and exports of the trained sample."""
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.validation_loss import Loss
 from compressor.search import planner
-from compressor.search.decision import ATTEMPTS, SHARE, Decision, sentence, share_of
+from compressor.search.decision import ATTEMPTS, ERRORS, SHARE, Decision, sentence, share_of
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.execute.interpreter import Program
@@ -77,6 +78,7 @@ class Planted:
 
     table: np.ndarray
     averages: bool = False
+    error: float = 0.0
     passes: list[int] = field(default_factory=list)
     bounded: Budget = field(default_factory=lambda: Budget(SingleClass(), "agreement"))
 
@@ -84,9 +86,9 @@ class Planted:
     def split(self):
         return range(self.table.shape[1])
 
-    def loss(self, graph, *, limit):
+    def loss(self, graph, *, limit, with_error=False):
         self.passes.append(graph)
-        return Loss(float(self.table[graph].mean()) * 100, len(self.split))
+        return Loss(float(self.table[graph].mean()) * 100, len(self.split), self.error if with_error else 0.0)
 
     def sample_losses(self, graph):
         self.passes.append(graph)
@@ -131,6 +133,23 @@ def test_the_loss_to_expect_of_new_samples_is_within_the_limit_too(path, limit, 
     assert decision.holds(found, engine(table[found.count]), "original", certify=True)
     if found.count:
         assert decision.trials[-1].expected == pytest.approx(decision.trials[-2].expected)
+
+
+def test_a_loss_that_is_no_mean_is_held_with_its_standard_error():
+    """Of three plans the luckiest would be taken: the second loses little on these samples, but they tell little."""
+    table = np.array([[0.0], [0.001], [0.008], [0.03]]).repeat(50, axis=1)
+    decision = Decision(Planted(table, error=0.5 / ERRORS), 1.0)
+    found = decision.strongest(Plans(3, (True,) * 3), QUIET)
+    assert found.count == 1
+    assert [trial.raised for trial in decision.trials] == pytest.approx([3.5, 1.3, 0.6])
+    assert decision.needed == math.ceil(50 * (0.5 / 0.2) ** 2)  # the error has to be as small as what is left, 0.2
+    assert decision.holds(found, engine(table[1]), "original", certify=True)
+    said = sentence(decision.facts(found) | {"raised": 0.6})
+    assert (
+        "with a loss of 0.10 % (limit 1 %; 0.60 % with its standard error); the next plan would need about 313" in said
+    )
+    mean = Decision(Planted(table, averages=True), 1.0)
+    assert mean.strongest(Plans(3, (True,) * 3, (0.0,) * 4, 300), QUIET).count == 2
 
 
 def test_the_mean_loss_of_new_samples_keeps_to_the_limit():

@@ -57,7 +57,7 @@ class Refusing:
     def __init__(self, merging, others):
         self.merging, self.others, self.split = merging, others, range(40)
 
-    def loss(self, graph, *, limit):
+    def loss(self, graph, *, limit, with_error=False):
         merged = any(node.target == aten.argmax.default for node in graph.nodes())
         return Loss(self.merging if merged else self.others, len(self.split))
 
@@ -103,7 +103,7 @@ def test_only_a_plan_of_which_little_holds_is_searched_again(choice, held):
     """The decision refuses the plan of all changes, or all plans but that of the first change."""
     decision = Decision(Refusing(9.0, 9.0), 1.0)
     calls = iter([9.0, 0.0] if held == "most" else [*(9.0 for _ in range(choice.count - 1)), *(0.0 for _ in range(99))])
-    decision.losses.loss = lambda graph, *, limit: Loss(next(calls), 40)
+    decision.losses.loss = lambda graph, *, limit, with_error: Loss(next(calls), 40)
     found = strongest(choice, decision, Steps(None))
     assert ("without_merges" in found.facts) == (held == "little")
 
