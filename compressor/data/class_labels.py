@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # pairs of a name and its class in a limitation
 LISTED = 5  # names in an error
 _WHOLE = re.compile(r"\d+")
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls the classes of a model that does not name them
 
 
 def with_class_numbers(samples: Samples, names: ClassNames | None, source: str) -> Samples:
@@ -26,7 +27,7 @@ def with_class_numbers(samples: Samples, names: ClassNames | None, source: str) 
 
     Class names in the data get the numbers of the model's classes with these names (see `ClassNames.numbers`). If the
     model has none of them, or names no class, they keep the reader's numbers, and a limitation states the pairs. Whole
-    numbers are class numbers, unless they are names of the model's classes.
+    numbers are class numbers, unless they are names of the model's classes, and so are ``LABEL_0``, ``LABEL_1``, ...
 
     Args:
         samples: the samples of a reader.
@@ -45,6 +46,8 @@ def with_class_numbers(samples: Samples, names: ClassNames | None, source: str) 
     numbers = {} if names is None else _matched(used, names, source)
     if numbers:
         return _renumbered(samples, numbers, "name")
+    if not samples.own_numbers and all(map(_PLACEHOLDER.fullmatch, used)):
+        return _renumbered(samples, {name: int(name.rpartition("_")[2]) for name in used}, "number")
     whole = [name for name in used if _WHOLE.fullmatch(name)]
     if samples.own_numbers or not whole:
         own = {name: number for number, name in enumerate(samples.class_names)}

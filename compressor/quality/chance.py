@@ -90,7 +90,9 @@ class Standing:
             text = f"a mean absolute error of {figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
             return f"{text} on {figure.n} samples, where the best constant has {self.chance:.4g}"
         if self.metric in SHARES:
-            text = f"a {ALL[self.metric].label} of {figure.value:.1f} % ({figure.low:.1f} to {figure.high:.1f} %)"
+            label = ALL[self.metric].label
+            name = f"an {label}" if label[0] in "emF" else f"a {label}"  # exact match, mIoU, F1
+            text = f"{name} of {figure.value:.1f} % ({figure.low:.1f} to {figure.high:.1f} %)"
             return f"{text} on {figure.n} samples, where chance is {self.chance:.1f} %"
         if self.metric in RANKED:
             text = f"a Spearman correlation x 100 of {figure.value:.1f} ({figure.low:.1f} to {figure.high:.1f})"

@@ -414,3 +414,28 @@ def test_the_exported_config_of_transformers_keeps_id2label(classifier: Path, tm
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {
         str(n): name for n, name in enumerate(NLI)
     }
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "npz"])
+def test_the_placeholders_of_transformers_are_class_numbers(form: str, classifier: Path, tmp_path: Path) -> None:
+    """As names in sorted order, LABEL_10 was class 2 and LABEL_2 class 4."""
+    texts, numbers = [f"w{3 + row % 30}" for row in range(36)], [row % 12 for row in range(36)]
+    path = tmp_path / f"x.{form}"
+    if form == "csv":
+        write_csv(path, texts, [f"LABEL_{number}" for number in numbers])
+    elif form == "jsonl":
+        pairs = zip(texts, numbers, strict=True)
+        path.write_text("".join(json.dumps({"text": text, "label": f"LABEL_{each}"}) + "\n" for text, each in pairs))
+    else:
+        ids = np.array([[3 + row % 30] for row in range(36)])
+        np.savez(path, input_ids=ids, labels=np.array([f"LABEL_{number}" for number in numbers]))
+    model = models.load(str(classifier))
+    data = load(str(path), model.preprocess, task=model.task, class_names=None)
+    found = {
+        id: label
+        for part in data.parts
+        for batch in part.batches(1)
+        for id, label in zip(batch.ids, batch.labels, strict=True)
+    }
+    assert found == {str(row): number for row, number in enumerate(numbers)}
+    assert not [each for each in data.limitations if each.feature == "class order"]

@@ -18,6 +18,7 @@ from compressor.lower.traced_model import TracedModel, check_original
 from compressor.quality import chance
 from compressor.quality.answer_variation import AnswerVariation
 from compressor.quality.chance import ChanceError, standing
+from compressor.quality.intervals import Figure
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from tests.samples import digits
@@ -247,3 +248,17 @@ def test_without_labels_the_original_runs_over_four_samples(monkeypatch: pytest.
     monkeypatch.setattr(AnswerVariation, "add", counted)
     check_original(headless(keep=1.0, labels=False), Steps())
     assert rows == [4]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("f1", "an F1 of labels"),
+        ("exact_match", "an exact match"),
+        ("mean_iou", "an mIoU"),
+        ("token_accuracy", "a token accuracy"),
+    ],
+)
+def test_a_share_has_the_article_of_its_name(metric: str, name: str) -> None:
+    found = chance.Standing(metric, Figure(9.5, 0.0, 26.1, 10), 0.0, Figure(0.1, 0.0, 0.3, 10))
+    assert str(found) == f"{name} of 9.5 % (0.0 to 26.1 %) on 10 samples, where chance is 0.0 %"
