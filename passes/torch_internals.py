@@ -19,7 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import config
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, guard_or_true
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    StatelessSymbolicContext,
+    guard_or_true,
+    statically_known_true,
+)
 from torch.utils._pytree import tree_leaves, tree_structure
 
 if TYPE_CHECKING:
@@ -139,6 +144,11 @@ def guards(program: ExportedProgram) -> tuple[str, ...]:
     branch on a size is traced for one side without a word.
     """
     return tuple(program._guards_code)
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Return whether a condition on sizes is true for all of them, without a guard; False if that depends on values."""
+    return bool(statically_known_true(condition))
 
 
 def holds(guard: str, tensors: Sequence[torch.Tensor]) -> bool:

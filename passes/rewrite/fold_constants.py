@@ -13,6 +13,7 @@ from passes.execute.offloaded_weights import is_offloaded
 from passes.graph.edit import insert_constant, remove_dead, replace_all_uses
 from passes.graph.graph import Graph, ancestors_of, attribute, is_pure
 from passes.graph.random_operators import is_random
+from passes.torch_internals import is_known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -80,11 +81,15 @@ def _is_constant(graph: Graph, node: fx.Node, constant: set[fx.Node]) -> bool:
 
 
 def _is_worth_storing(graph: Graph, node: fx.Node, shared: set[Any]) -> bool:
-    """Return whether a value may replace its weights: it is a tensor, is not larger, and none of them is read."""
+    """Return whether a value may replace its weights: it is a tensor, is not larger, and none of them is read.
+
+    The number of values may depend on those of a weight, as of ``repeat_interleave``; if it has no bound, the value is
+    not stored.
+    """
     value, weights = node.meta.get("val"), [attribute(graph, each) for each in _weights_of(graph, node)]
     if not isinstance(value, torch.Tensor) or any(weight in shared for weight in weights):
         return False
-    return bool(value.numel() <= sum(weight.numel() for weight in dict.fromkeys(weights)))
+    return is_known(value.numel() <= sum(weight.numel() for weight in dict.fromkeys(weights)))
 
 
 def _weights_of(graph: Graph, node: fx.Node) -> list[fx.Node]:

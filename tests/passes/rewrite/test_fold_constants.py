@@ -139,3 +139,34 @@ def test_random_weights_are_drawn_at_each_run() -> None:
 
     _, graph = traced(Noisy)
     assert not any("rand" in node.name or "mul" in node.name for node in foldable(graph))
+
+
+class Kept(Layer):
+    """The columns that a buffer marks, whose number depends on its values."""
+
+    def __init__(self, find: str) -> None:
+        super().__init__()
+        self.find = find
+        self.register_buffer("marks", torch.arange(WIDTH) % 2)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        if self.find == "nonzero":
+            columns = self.marks.nonzero()[:, 0]
+        elif self.find == "repeat_interleave":
+            columns = torch.repeat_interleave(self.marks)
+        elif self.find == "unique":
+            columns = torch.unique(self.marks)
+        else:
+            columns = torch.arange(WIDTH).masked_select(self.marks.bool())
+        return x[..., columns].sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("find", ["nonzero", "repeat_interleave", "unique", "masked_select"])
+def test_a_value_whose_size_depends_on_a_weight_is_left(find: str) -> None:
+    model = models.load(Kept(find), example_inputs=torch.randn(2, 5, WIDTH))
+    graph, x = trace(model), torch.randn(2, 5, WIDTH)
+    feeds = {model.inputs[0]: x}
+    before = run(graph, feeds)
+    apply(FoldConstants(), graph)
+    for value, expected in zip(run(graph, feeds), before, strict=True):
+        assert torch.equal(value, expected)
