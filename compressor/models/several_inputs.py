@@ -192,12 +192,12 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
     for forms in itertools.islice(trials, TRIALS):
         outputs = _of_rows(module, forms, _runs(module, forms, 2, TOKENS))
-        if outputs and not _unread(module, forms, outputs):
+        if outputs and not _unused(module, forms, outputs):
             return forms, outputs
     return None
 
 
-def _unread(module: Any, forms: Mapping[str, Form], outputs: Sequence[str]) -> bool:
+def _unused(module: Any, forms: Mapping[str, Form], outputs: Sequence[str]) -> bool:
     """Return whether an input changes none of the outputs, such as the texts of X-CLIP without its similarities."""
     feeds = {name: form.values(2, TOKENS) for name, form in forms.items()}
     changed = {name: form.values(2, TOKENS, seed=1) for name, form in forms.items() if form.kind in ("ids", "values")}
