@@ -91,7 +91,7 @@ def find_files(folder: Path, name: str, kind: FilesOf) -> ClassFolders:
         None if flat else tuple(classes),
         labels,
         skipped,
-        (*_limitations(folder, len(files), kind), *_empty(classes, labels, kind)),
+        (*_limitations(folder, len(files), kind), *_links(folder, classes), *_empty(classes, labels, kind)),
     )
 
 
@@ -111,6 +111,23 @@ def _limitations(folder: Path, count: int, kind: FilesOf) -> Iterator[Limitation
         yield Limitation(
             "files of the data",
             f"{len(files) - count} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
+        )
+
+
+def _links(folder: Path, classes: Sequence[str]) -> Iterator[Limitation]:
+    """Yield a limitation for links to folders below the class folders, which may form a circle."""
+    found = sorted(
+        (Path(root) / name).relative_to(folder).as_posix()
+        for class_folder in classes
+        for root, below, _ in os.walk(folder / class_folder)
+        for name in below
+        if not name.startswith(".") and (Path(root) / name).is_symlink()
+    )
+    if found:
+        noun = "is a link to a folder and was" if len(found) == 1 else "are links to folders and were"
+        listed = f"{', '.join(found[:3])}{', ...' * (len(found) > 3)}"
+        yield Limitation(
+            "linked folders", f"{len(found)} {noun} not read ({listed}); link the class folders themselves"
         )
 
 

@@ -266,6 +266,21 @@ def test_copies_in_hidden_folders_are_no_samples(folder: Path) -> None:
     assert not [each for each in data.limitations if each.feature == "files of the data"]
 
 
+def test_a_linked_folder_below_a_class_is_a_limitation(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Class folders that are links are read; links below them may form a circle."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (8, 8)).save(elsewhere / "one.png")
+    (folder / "linked").symlink_to(elsewhere)
+    data = load(str(folder), vision(), task="image-classification")
+    assert len(everything(data)) == 13
+    assert not [each for each in data.limitations if each.feature == "linked folders"]
+    (folder / "a" / "more").symlink_to(elsewhere)
+    data = load(str(folder), vision(), task="image-classification")
+    (found,) = [each for each in data.limitations if each.feature == "linked folders"]
+    assert found.reason.startswith("1 is a link to a folder and was not read (a/more); ")
+    assert len(everything(data)) == 13
+
+
 def test_an_empty_class_folder_keeps_its_index(folder: Path) -> None:
     (folder / "aa").mkdir()
     (folder / ".cache").mkdir()
