@@ -65,7 +65,11 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trial as plain JSON values; the loss is None where an output was NaN or infinite."""
-        return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
+        return asdict(self) | {"loss": _finite(self.loss), "raised": _finite(self.raised)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def share_of(settings: Settings) -> float:
@@ -179,7 +183,7 @@ class Decision:
             "limit": self.limit,
             "loss": last.loss,
             "expected": last.expected,
-            "raised": last.raised,
+            "raised": _finite(last.raised),
             "least": self._least(),
             "confidence": self.confidence,
             "bound": bounds[-1] if bounds else None,
@@ -233,7 +237,10 @@ class Decision:
         Such a loss has no bound that holds on average, as `expected_loss` is one for means, and a plan is the strongest
         of many, so that the one whose loss is the luckiest would be taken.
         """
-        return None if self.confidence is not None or self.losses.averages else loss + ERRORS * error
+        if self.confidence is not None or self.losses.averages:
+            return None
+        raised = loss + ERRORS * error
+        return math.inf if math.isnan(raised) else raised
 
     def _expected(self, loss: float, validated: Loss) -> float | None:
         """Return the loss to expect of new samples, see `expected_loss`.
