@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 CONVOLUTIONS = CONV_OPS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 SIZE = aten.sym_size.int
 DATA_DEPENDENT = (
-    "the model has sizes that depend on the contents of a tensor, as .item() and a boolean index give, so a search "
-    "cannot price it; name what to drop (--drop attention:1, --drop plan.json), or compute with masks in forward."
+    "the model has sizes that depend on the contents of a tensor, as .item() and a boolean index give, so the cost of "
+    "a change is not known to a search; name what to drop (--drop attention:1, --drop plan.json), or compute with "
+    "masks in forward."
 )
 # View operators, which write no elements.
 FREE = frozenset(
@@ -115,7 +116,7 @@ class Shapes:
 
 
 def check_known_sizes(graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that all sizes of a graph follow from those of its inputs, as a search needs that prices it.
+    """Check that all sizes of a graph follow from those of its inputs; a search needs them for the cost of a change.
 
     Args:
         graph: the traced graph.
