@@ -85,11 +85,13 @@ class Form:
 def wrap(loaded: Loaded) -> Model | None:
     """Return the model with all inputs that it computes features of; None if no set of inputs is found.
 
+    An encoder-decoder without a head is none of these: its decoder computes on tokens that come with a task.
+
     Raises:
         ModelError: a size of images is asked for.
     """
     module, options = loaded.module, loaded.options
-    found = _found(module)
+    found = None if getattr(module.config, "is_encoder_decoder", False) else _found(module)
     if found is None:
         return None
     forms, outputs = found
