@@ -85,8 +85,12 @@ def test_budget_of_divergence_is_in_hundredths_of_a_nat():
     before = run(graph, feeds)[0].double().log_softmax(-1)
     for site in sites:
         after = run(without(graph, [site]), feeds)[0].double().log_softmax(-1)
-        nats = (before.exp() * (before - after)).sum(-1).mean()
+        rows = (before.exp() * (before - after)).sum(-1)
+        nats = rows.mean()
         assert validation.loss(without(graph, [site])).percent == pytest.approx(float(nats) * 100, rel=1e-3, abs=1e-4)
+        error = float(rows.std(correction=0)) / math.sqrt(len(rows)) * 100
+        with_error = validation.loss(without(graph, [site]), with_error=True)
+        assert with_error.error == pytest.approx(error, rel=1e-3, abs=1e-4)
         assert validation.sample_losses(without(graph, [site])) is None  # unbounded
 
 

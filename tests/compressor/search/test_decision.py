@@ -152,6 +152,18 @@ def test_a_loss_that_is_no_mean_is_held_with_its_standard_error():
     assert mean.strongest(Plans(3, (True,) * 3, (0.0,) * 4, 300), QUIET).count == 2
 
 
+@pytest.mark.parametrize(("spread", "held"), [(0.0, True), (0.02, True), (0.08, False)])
+def test_the_engine_is_held_with_its_standard_error_too(spread, held):
+    """A mean divergence of 0.5 hundredths of a nat over 100 samples, of which half lie above and half below it."""
+    divergence = 0.005 + spread * np.tile([-1.0, 1.0], 50)
+    decision = Decision(Planted(np.zeros((2, 100)), bounded=Budget(SingleClass(), "agreement", "divergence")), 1.0)
+    evaluation = Evaluation(
+        "agreement", {"result": {"divergence": divergence}, "original": {"agreement": np.ones(100)}}
+    )
+    assert decision.holds(Plans(1, (True,)).at(1), evaluation, "original", certify=False) == held
+    assert decision.trials[-1].raised == pytest.approx(0.5 + ERRORS * 100 * spread / 10)
+
+
 def test_the_mean_loss_of_new_samples_keeps_to_the_limit():
     """Conformal risk control, which needs no more than that the same samples are hard for every plan.
 
