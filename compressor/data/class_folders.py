@@ -119,9 +119,9 @@ def _links(folder: Path, classes: Sequence[str]) -> Iterator[Limitation]:
     found = sorted(
         (Path(root) / name).relative_to(folder).as_posix()
         for class_folder in classes
-        for root, below, _ in os.walk(folder / class_folder)
+        for root, below, _ in _walk(folder / class_folder)
         for name in below
-        if not name.startswith(".") and (Path(root) / name).is_symlink()
+        if (Path(root) / name).is_symlink()
     )
     if found:
         noun = "is a link to a folder and was" if len(found) == 1 else "are links to folders and were"
@@ -162,10 +162,15 @@ def _files(folder: Path, class_folder: str, kind: FilesOf) -> list[str]:
 
 
 def visible_files(folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder and below it, without hidden files and without what hidden folders hold.
+    """Yield what lies in a folder and below it, without hidden files and without what hidden folders hold."""
+    return (Path(root) / file for root, _, files in _walk(folder) for file in files if not file.startswith("."))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield the folders, with their folders and files, as `os.walk` does, without hidden folders.
 
     Tools keep copies of files in such folders, as Jupyter does in ``.ipynb_checkpoints``.
     """
     for root, below, files in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
-        yield from (Path(root) / file for file in files if not file.startswith("."))
+        yield root, below, files

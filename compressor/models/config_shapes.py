@@ -63,7 +63,7 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
         OtherInputsError: the model fails on every shape that was tried.
     """
     reasons, fixed = [], None
-    for shape, axis in (*sound_shapes(module.config, main), *_stacked(module, main)):
+    for shape, axis in (*sample_shapes(module.config, main), *_stacked(module, main)):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
         if reason is not None:
@@ -91,7 +91,7 @@ def refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | N
     return None
 
 
-def sound_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+def sample_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     """Yield shapes of a sample, each with the axis of time, counted with the batch as axis 0."""
     if main == "input_values":
         yield (SAMPLES,), 1

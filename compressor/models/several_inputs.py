@@ -17,7 +17,7 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy
-from compressor.models.config_shapes import CLIPS, SOUND, numbers, sound_shapes
+from compressor.models.config_shapes import CLIPS, SOUND, numbers, sample_shapes
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import channels_of, configured_size
 from compressor.models.pretrained.loaded import Loaded
@@ -159,8 +159,8 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield Form((channels, *size), "values")
         yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
     elif name in SOUND:
-        yield from (Form(shape, "values") for shape, _ in sound_shapes(config, name))
-        yield from (Form((1, *shape), "values") for shape, _ in sound_shapes(config, name) if len(shape) > 1)
+        yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
+        yield from (Form((1, *shape), "values") for shape, _ in sample_shapes(config, name) if len(shape) > 1)
     elif name == "bbox":
         yield from (Form((ANY, 4), kind) for kind in ("values", "zeros"))
     elif name in ROWS:

@@ -91,7 +91,7 @@ class Standing:
             return f"{text} on {figure.n} samples, where the best constant has {self.chance:.4g}"
         if self.metric in SHARES:
             label = ALL[self.metric].label
-            name = f"an {label}" if label[0] in "emF" else f"a {label}"  # exact match, mIoU, F1
+            name = f"a {label}" if self.metric == "token_accuracy" else f"an {label}"  # exact match, F1, mIoU
             text = f"{name} of {figure.value:.1f} % ({figure.low:.1f} to {figure.high:.1f} %)"
             return f"{text} on {figure.n} samples, where chance is {self.chance:.1f} %"
         if self.metric in RANKED:

@@ -334,7 +334,7 @@ def prepare_search(
         rewriter,
         effects,
         validation,
-        _prices(subject, settings, rewriter, evaluator, journal, steps),
+        _fitted_cost_model(subject, settings, rewriter, evaluator, journal, steps),
         settings.chosen_actions,
         settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
         fitting=fitted,
@@ -410,7 +410,7 @@ def _share_schedule(percent: int, kept: Sequence[str]) -> dict[str, str]:
     return {kept[0]: f"merge:{percent}%"}
 
 
-def _prices(
+def _fitted_cost_model(
     subject: TracedModel,
     settings: Settings,
     rewriter: Rewriter,

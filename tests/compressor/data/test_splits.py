@@ -271,6 +271,8 @@ def test_a_linked_folder_below_a_class_is_a_limitation(folder: Path, tmp_path_fa
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     Image.new("RGB", (8, 8)).save(elsewhere / "one.png")
     (folder / "linked").symlink_to(elsewhere)
+    (folder / "a" / ".trash").mkdir()
+    (folder / "a" / ".trash" / "more").symlink_to(elsewhere)  # below a hidden folder, which is not read at all
     data = load(str(folder), vision(), task="image-classification")
     assert len(everything(data)) == 13
     assert not [each for each in data.limitations if each.feature == "linked folders"]
