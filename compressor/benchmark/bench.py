@@ -18,7 +18,7 @@ from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
 from compressor.choices import GGUF, NO_STAGES, parse_image_size, parse_image_tokens
-from compressor.data.readers.hub import looks_like
+from compressor.data.readers.dataset.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
 from compressor.lower.probabilities import with_logits

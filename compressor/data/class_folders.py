@@ -147,7 +147,7 @@ def _empty(classes: Sequence[str], labels: npt.NDArray[np.int64] | None, kind: F
 def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str], kind: FilesOf) -> None:
     if classes and flat:
         raise DataError(
-            f"the folder {name} holds {len(flat)} {kind.one}s beside {len(classes)} folders; "
+            f"the folder {name} holds {kind.one}s ({len(flat)}) beside folders ({len(classes)}); "
             f"expected either {kind.one}s or class folders only; move one of the two away"
         )
     if classes and {part.lower() for part in classes} <= PARTS:

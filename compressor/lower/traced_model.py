@@ -481,8 +481,8 @@ def _check_trained(graph: Graph, model: Model) -> None:
     absent = [name for name in model.untrained if name in used]
     if absent:
         raise SubjectError(
-            f"the checkpoint of {model.name} lacks {len(absent)} weights that {model.task} needs, the first is "
-            f"{absent[0]}; choose a fine-tuned checkpoint, or another --task."
+            f"the checkpoint of {model.name} lacks weights that {model.task} needs: {absent[0]} ({len(absent)} in "
+            "all); choose a fine-tuned checkpoint, or another --task."
         )
 
 

@@ -392,7 +392,7 @@ def merge_schedule(tokens: str, sites: Sequence[Site], changed: Collection[str] 
         return {name: f"merge:{numbers[0]}" for name in kept if numbers[0]}
     if len(numbers) != len(names):
         raise ChoiceError(
-            f"--tokens has {len(numbers)} numbers, but the model has {len(names)} attentions; give one number for each."
+            f"--tokens has {len(numbers)} numbers; expected one for each attention of the model, {len(names)} in all."
         )
     return {name: f"merge:{number}" for name, number in zip(names, numbers, strict=True) if number}
 

@@ -154,9 +154,7 @@ class Plan:
         unknown = [decision.site for decision in self.decisions if decision.site not in names]
         foreign = self.fingerprint != fingerprint(sites)
         if unknown and not (foreign and len(unknown) == len(self.decisions)):
-            raise PassError(
-                f"the plan names {len(unknown)} sites that the model does not have, the first is {unknown[0]}."
-            )
+            raise PassError(f"the plan names sites that the model does not have: {unknown[0]} ({len(unknown)} in all).")
         if foreign:
             raise PassError(
                 f"the plan was made for another model ({self.model}): its sites differ from those of this model."

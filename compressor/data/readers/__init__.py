@@ -10,14 +10,15 @@ from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.audio.decode import WAV
 from compressor.data.readers.base import Samples
-from compressor.data.readers.hub import looks_like, read_hub
+from compressor.data.readers.dataset.hub import looks_like, read_hub
+from compressor.data.readers.dataset.stored import PARQUET, is_stored, read_stored
 from compressor.data.readers.image_text.captions import read_captions, read_written
 from compressor.data.readers.image_text.pairs import metadata_of
 from compressor.data.readers.image_text.prompts import read_prompts
 from compressor.data.readers.images import read_folder
 from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
-from compressor.data.readers.records import read_conll, read_jsonl
+from compressor.data.readers.records import read_conll, read_json, read_jsonl
 from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
 from compressor.data.readers.video.frame_folders import read_videos
@@ -25,10 +26,10 @@ from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import first_special
 
-FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".conll", ".iob", ".bio")
+FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".json", ".conll", ".iob", ".bio", PARQUET)
 FORMS = (
-    "a folder of images, sound or frames, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as "
-    "owner/name, or random"
+    "a folder of images, sound or frames, a .npy, .npz, .txt, .csv, .tsv, .jsonl, .json, .conll or .parquet file, a "
+    "hub dataset as owner/name, or random"
 )
 
 
@@ -45,7 +46,7 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
         raise DataError(f"{fault}; expected {FORMS}")
     try:
         if path.is_dir():
-            return _read_folder(path, spec, preprocess, task)
+            return _read_folder(path, spec, preprocess, task, seed)
         if path.is_file():
             return _read_file(path, spec, preprocess, task, seed)
     except OSError as error:
@@ -57,7 +58,9 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
     raise DataError(f"there is no file or folder {spec!r}; expected {FORMS}")
 
 
-def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
+    if is_stored(path) and preprocess.kind in ("image", "text"):
+        return read_stored(path, spec, preprocess, task, seed)
     if preprocess.kind == "image-text":
         return read_prompts(path, spec, preprocess)
     if preprocess.kind == "video":
@@ -99,6 +102,10 @@ def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: i
         return read_table(path, spec, preprocess, task, seed)
     if suffix == ".jsonl":
         return read_jsonl(path, spec, preprocess, task, seed)
+    if suffix == ".json":
+        return read_json(path, spec, preprocess, task, seed)
+    if suffix == PARQUET:
+        return read_stored(path, spec, preprocess, task, seed)
     if suffix in (".conll", ".iob", ".bio"):
         return read_conll(path, spec, preprocess, task)
     raise DataError(f"the file {spec} has the extension {suffix or 'none'}; expected {FORMS}")

@@ -1,4 +1,4 @@
-"""Readers of .jsonl files and of .conll files: samples with named fields, such as words with tags."""
+"""Readers of .jsonl and .json files, and of .conll files: samples with named fields, such as words with tags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue, TypeAdapter
+from typing_extensions import TypedDict
 
 from compressor.data.label_sets import sets_of_lists
 from compressor.data.readers.base import TOO_LARGE, Samples, Skipped
@@ -15,7 +18,7 @@ from compressor.data.readers.token_targets import IGNORED, answer_spans, spans_o
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
-from runtimes.base.json_text import OBJECT, JsonTextError, parse
+from runtimes.base.json_text import JSON, OBJECT, JsonTextError, parse
 
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags", "label")
@@ -24,6 +27,16 @@ LABEL_SETS = ("labels", "label")
 UNKNOWN = 3  # unknown tags that an error names
 
 Record = Mapping[str, Any]
+
+
+class Data(TypedDict):
+    """An object with the samples beside other fields."""
+
+    data: list[dict[str, JsonValue]]
+
+
+RECORDS: TypeAdapter[list[dict[str, JsonValue]]] = TypeAdapter(list[dict[str, JsonValue]])
+DATA: TypeAdapter[Data] = TypeAdapter(Data)
 
 
 def read_jsonl(path: Path, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
@@ -61,6 +74,25 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             except JsonTextError as error:
                 reason = f"line {row + 1} of {name} is no JSON object ({error})"
                 raise DataError(f"{reason}; expected one per line") from error
+
+
+def read_json(path: Path, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
+    """Read a file with one JSON list of objects, also as the field ``data`` of an object; ids are positions from 0.
+
+    Raises:
+        DataError: the file holds something else, or the fields do not fit the task.
+    """
+    text = text_of(path, name)
+    try:
+        content = parse(text, JSON)
+        records = parse(text, RECORDS) if isinstance(content, list) else parse(text, DATA)["data"]
+    except JsonTextError as error:
+        raise DataError(
+            f"{name} is no list of JSON objects ({error}); expected one for each sample, or .jsonl with one per line"
+        ) from error
+    if not records:
+        raise DataError(f"{name} holds no samples; expected a list of JSON objects")
+    return record_samples(records, [str(row) for row in range(len(records))], name, preprocess, task, seed)
 
 
 def table_of(records: Sequence[Record], ids: Sequence[str]) -> tuple[Table, list[str]]:

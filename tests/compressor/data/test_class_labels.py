@@ -18,7 +18,7 @@ from torchvision.models import _meta
 
 from compressor import models
 from compressor.data.class_labels import with_class_numbers
-from compressor.data.readers.hub import dataset_samples
+from compressor.data.readers.dataset.columns import dataset_samples
 from compressor.data.splits import Data, load
 from compressor.errors import DataError
 from compressor.models import Model

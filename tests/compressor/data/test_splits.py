@@ -787,7 +787,7 @@ def refused(spec: str, prepare: Preprocess, task: str = "feature-extraction") ->
 def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("x.json").write_text("{}")
+    Path("x.xml").write_text("<a/>")
     for number in range(2):
         paint(Path(f"few/{number}.png"), 9)
         paint(Path(f"mixed/{number}.png"), 9)
@@ -798,7 +798,7 @@ def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number in range(4):
         Path(f"broken/{number}.png").write_text("words")
     assert refused("./nowhere", vision()) == f"there is no file or folder './nowhere'; expected {FORMS}"
-    assert refused("x.json", vision()) == f"the file x.json has the extension .json; expected {FORMS}"
+    assert refused("x.xml", vision()) == f"the file x.xml has the extension .xml; expected {FORMS}"
     assert refused("empty", vision()).startswith("the folder empty holds no images; expected image files (.avif, .bmp,")
     assert refused("few", language()) == ("few holds images, but the model takes text inputs; pass --data of that kind")
     assert refused("few", vision()) == (
@@ -806,7 +806,7 @@ def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "at least 3, one each for calibration, validation and test; pass more data"
     )
     assert refused("mixed", vision()) == (
-        "the folder mixed holds 2 images beside 1 folders; expected either images or class folders only; move one "
+        "the folder mixed holds images (2) beside folders (1); expected either images or class folders only; move one "
         "of the two away"
     )
     assert refused("split", vision()) == (

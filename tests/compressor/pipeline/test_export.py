@@ -215,7 +215,7 @@ def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
     data = str(tmp_path / "ids.npy")
     refused(tmp_path / "room" / "out", "token ids below the vocabulary's size", model=tmp_path / "bert", data=data)
     lacking = {"model": tmp_path / "bert", "data": data, "task": "text-classification"}
-    refused(tmp_path / "room" / "out", "lacks 2 weights that text-classification needs", **lacking)
+    refused(tmp_path / "room" / "out", "lacks weights that text-classification needs: classifier", **lacking)
 
 
 @pytest.mark.parametrize(
