@@ -26,6 +26,7 @@ from passes.canonical.join_slices import SCATTER, JoinSlices
 from passes.canonical.real_arithmetic import RealArithmetic, is_complex
 from passes.canonical.separate_batch import SeparateBatch, joins_batch
 from passes.execute.interpreter import run
+from passes.graph.cached_functions import forget_results
 from passes.graph.graph import Graph
 from passes.rewrite.read_size import ReadSize
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
@@ -90,6 +91,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     try:
         with (
             suppress_output(),
+            forget_results(),
             torch.no_grad(),
             as_operators(model.module),
             _symbolic_lengths(model.module),

@@ -51,10 +51,7 @@ class EngineTimer:
         Returns:
             Latencies by engine and call.
         """
-        # A prefill can take seconds.
-        min_runs, warmup_runs = (2, 1) if builder.subject.model.state else (MIN_RUNS, WARMUP_RUNS)
-        timing = partial(time_engines, rounds=self.rounds, steps=steps, min_runs=min_runs, warmup_runs=warmup_runs)
-        return self._interleaved(builder, engines, timing)
+        return self._interleaved(builder, engines, partial(time_engines, rounds=self.rounds, steps=steps))
 
     def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
         """Time engines on the whole workload; return the latency by engine."""

@@ -20,6 +20,7 @@ from PIL import Image
 from compressor.choices import DYNAMIC, ImageSize
 from compressor.limitations import Limitation
 from compressor.models.base import ModelError, copy_sharing_tensors, first_line, fixed_size
+from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
 
 Size = tuple[int, int]
@@ -97,7 +98,7 @@ def refusal(call: Call, module: Any, channels: int, size: Size) -> str | None:
     # Errors of a model have no common base: shapes raise RuntimeError, AssertionError, ValueError and others.
     try:
         copied = copy_sharing_tensors(module)
-        with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with forget_results(), torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             call(copied, mode.from_tensor(pixels))
     except Exception:
         try:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from runtimes.base.protocols import Feeds, RuntimesError
 
-WARMUP_RUNS = 3
-MIN_RUNS = 5
+# They count for engines that take longer than a burst and its warm-up last, such as a second for each inference.
+WARMUP_RUNS = 1
+MIN_RUNS = 2
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 2**20  # samples of a bootstrap in memory at a time
 

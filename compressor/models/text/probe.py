@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from passes.execute.offloaded_weights import is_offloaded
+from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
 
 PRODUCTS = frozenset(
@@ -37,8 +38,11 @@ def text(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
 def calling(module: torch.nn.Module) -> Iterator[None]:
     """Disable gradients for calls of a module; propagate only shapes if its weights stay on disk."""
     shapes_only = any(map(is_offloaded, module.parameters()))
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if shapes_only else contextlib.nullcontext()
-    with torch.inference_mode(), mode:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if shapes_only:
+            stack.enter_context(forget_results())
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
 

@@ -1,6 +1,7 @@
 """Tracing: the batch is dynamic, in-place operators become functional ones, and errors name the cause."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -237,3 +238,29 @@ def test_tracing_does_not_change_the_module():
     assert not model.module.training
     assert state.keys() == model.module.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())
+
+
+@functools.lru_cache(maxsize=4)
+def positions(width):
+    return torch.arange(width, dtype=torch.float32)
+
+
+class CachesPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.branch(x + positions(4))
+
+
+def test_a_table_that_a_module_caches_has_values_after_the_trace():
+    positions.cache_clear()
+    x = torch.rand(2, 3, 4)
+    model = load(CachesPositions(), 2, 3, 4)
+    positions.cache_clear()  # the trace is the first to compute it
+    graph = trace(model)
+    with torch.no_grad():
+        (found,) = model.call(model.module, x)
+        assert type(positions(4)) is torch.Tensor
+        torch.testing.assert_close(run(graph, {model.inputs[0]: x})[0], found)

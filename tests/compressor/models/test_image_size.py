@@ -351,3 +351,25 @@ def test_without_processor_the_size_is_that_of_the_backbone(tmp_path):
         model = models.load(saved(tmp_path / folder, kind, config))
         assert model.example["pixel_values"].shape == (2, 3, 128, 128)
         assert "image_size of the config" not in limits(model)
+
+
+def test_positions_that_a_model_caches_keep_their_values(tmp_path):
+    """RT-DETR keeps its positions under lru_cache; the check of a size with shapes alone left some without elements."""
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, d_model=16, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16],
+        encoder_ffn_dim=16, encoder_attention_heads=2, decoder_in_channels=[16] * 3, decoder_ffn_dim=16,
+        decoder_layers=1, decoder_attention_heads=2, num_queries=8, num_denoising=0, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.RTDetrForObjectDetection(config).save_pretrained(tmp_path)
+    transformers.RTDetrImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model.call(model.module, images), model.module(images)
+    torch.testing.assert_close(found[0], expected.logits)
+    assert type(found[0]) is torch.Tensor
