@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a graph and of each site, counted by running the graph."""
+"""Parameters and multiply-adds of a graph and of each site, counted in one run of the graph or of its shapes."""
 
 from __future__ import annotations
 
@@ -64,10 +64,19 @@ class Costs:
 
 @torch.inference_mode()
 def _count(graph: Graph, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Count by shapes alone, which costs no arithmetic.
+
+    Token ids are looked up, so that those beyond the vocabulary fail here, and so are contents that sizes depend on.
+    """
     program = Program(graph)
-    if has_offloaded(graph):  # count by shapes without loading the weights
-        with fake_values(program, example) as values:
-            return _counted(program, values)
+    offloaded = has_offloaded(graph)  # shapes also load no weights
+    if offloaded or all(value.is_floating_point() for value in example.values()):
+        try:
+            with fake_values(program, example) as values:
+                return _counted(program, values)
+        except RuntimeError:  # a size depends on the contents of a tensor
+            if offloaded:
+                raise
     return _counted(program, program.start(example))
 
 

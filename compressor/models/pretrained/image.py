@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from compressor.choices import ImageSize
 from compressor.limitations import Limitation
-from compressor.models.base import Model, as_numpy
+from compressor.models.base import Model, OtherInputsError, as_numpy
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess
@@ -31,8 +34,17 @@ IMAGE_DEFAULTS = {"image_size": 224, "num_channels": 3}  # if the config lacks t
 
 
 def wrap(loaded: Loaded) -> Model:
-    """Return the model at the requested size of images, with its image processor."""
+    """Return the model at the requested size of images, with its image processor.
+
+    Raises:
+        OtherInputsError: the module needs other inputs beside the pixels.
+    """
     module = loaded.module
+    if others := _required_beside_pixels(module):
+        raise OtherInputsError(
+            f"a {type(module).__name__} takes {' and '.join(others)} beside {INPUT}; pass it as a module of your own, "
+            "package.module:factory, with example inputs."
+        )
     signature = signature_of(loaded.task, (INPUT,))
     processor = image_processor(loaded.location, loaded.options)
     chosen = sized(module, signature.call, processor, loaded.image_size, loaded.location)
@@ -63,6 +75,13 @@ def wrap(loaded: Loaded) -> Model:
         ),
         class_names=loaded.class_names,
     )
+
+
+def _required_beside_pixels(module: torch.nn.Module) -> list[str]:
+    """Return the inputs without a default besides the pixels, such as the tokens of Grounding DINO."""
+    taken = inspect.signature(module.forward).parameters.values()
+    named = [each for each in taken if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != INPUT]
+    return [each.name for each in named if each.default is each.empty]
 
 
 def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 
 from compressor import models
 from compressor.data.splits import load as load_data
@@ -100,3 +101,12 @@ def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_
     fields = {"text_config": PARTS, "vision_config": PARTS, "mit_hidden_size": 32, "projection_dim": 16}
     with pytest.raises(ModelError, match="text of token ids alone"):
         models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields))
+
+
+def test_an_image_processor_does_not_hide_that_other_inputs_are_needed(tmp_path):
+    """Its size is not that of the config, so the size was checked with the pixels alone, and refused."""
+    fields = {"image_size": [64, 32], "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields |= {"mlp_dim": 32, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0}
+    save_model(tmp_path, "SegGptModel", "SegGptConfig", **fields)
+    transformers.SegGptImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
+    assert set(models.load(tmp_path).inputs) >= {"pixel_values", "prompt_pixel_values", "prompt_masks"}

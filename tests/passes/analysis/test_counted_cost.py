@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from passes.analysis import counted_cost
 from passes.analysis.counted_cost import Cost, Costs
 from passes.base import apply
 from passes.rewrite.drop import Drop
@@ -102,3 +103,20 @@ def test_counting_does_not_change_the_graph():
     assert Costs(graph, model.example).total == costs.total
     assert graph.signature() == before
     assert not torch.is_inference_mode_enabled()
+
+
+def test_images_are_counted_by_shapes_alone_as_a_run_counts_them(monkeypatch):
+    model, graph, _, costs = traced("vit")
+    program = counted_cost.Program(graph)
+    assert counted_cost._counted(program, program.start(model.example)) == costs.by_node
+    kinds = set()
+    step = counted_cost.Program.step
+
+    def recorded(self, node, values):
+        value = step(self, node, values)
+        kinds.add(type(value))
+        return value
+
+    monkeypatch.setattr(counted_cost.Program, "step", recorded)
+    assert Costs(graph, model.example).by_node == costs.by_node
+    assert torch.Tensor not in kinds
