@@ -98,7 +98,7 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
         ]
         feeds[name] = torch.empty(shape, device="meta")
     caches = [name for name in model.state.values() if name in feeds and len(model.dynamic_axes[name]) > 1]
-    if caches and "attention_mask" in feeds:
+    if caches and "attention_mask" in feeds and not model.is_encoder_decoder:  # there it belongs to the encoder
         (axis,) = (axis for axis in model.dynamic_axes[caches[0]] if axis != 0)
         length = feeds[caches[0]].shape[axis] + feeds["input_ids"].shape[1]
         feeds["attention_mask"] = torch.empty((len(feeds["attention_mask"]), length), device="meta")

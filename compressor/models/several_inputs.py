@@ -21,7 +21,7 @@ from compressor.models.config_shapes import CLIPS, SOUND, numbers, sample_shapes
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import channels_of, configured_size
 from compressor.models.pretrained.loaded import Loaded
-from compressor.models.pretrained.processors import image_processor, save, tokenizer_of
+from compressor.models.pretrained.processors import feature_extractor, image_processor, save, tokenizer_of
 from compressor.models.pretrained.signature import HIDDEN
 from compressor.models.text.probe import without_cache
 
@@ -90,7 +90,7 @@ def wrap(loaded: Loaded) -> Model | None:
     Raises:
         ModelError: a size of images is asked for.
     """
-    module, options = loaded.module, loaded.options
+    module = loaded.module
     found = None if getattr(module.config, "is_encoder_decoder", False) else _found(module)
     if found is None:
         return None
@@ -105,7 +105,6 @@ def wrap(loaded: Loaded) -> Model | None:
     fixed = any(ANY in form.shape for form in forms.values()) and not varies
     example = {name: form.values(2, TOKENS) for name, form in forms.items()}
     axes = {name: form.axes if varies else {0: "batch"} for name, form in forms.items()}
-    processor, tokenizer = image_processor(loaded.location, options), tokenizer_of(loaded.location, options)
     return Model(
         **loaded.fields | {"task": "feature-extraction"},
         call=partial(_outputs, inputs=names, outputs=outputs),
@@ -120,9 +119,16 @@ def wrap(loaded: Loaded) -> Model | None:
             as_numpy(example),
             varying={name: tuple(axis for axis in each if axis) for name, each in axes.items()},
         ),
-        save=partial(_save, module, (processor, tokenizer)),
+        save=partial(_save, module, _preprocessors(loaded, names)),
         limitations=tuple(_limitations(module, names, outputs, fixed)),
     )
+
+
+def _preprocessors(loaded: Loaded, names: Sequence[str]) -> tuple[Any, ...]:
+    """Return the tokenizer of a checkpoint and what prepares its other inputs; None for those that it lacks."""
+    kinds = ((IMAGES, image_processor), (SOUND, feature_extractor))  # both are in the file preprocessor_config.json
+    read = [read for inputs, read in kinds if not set(inputs).isdisjoint(names)]
+    return tuple(each(loaded.location, loaded.options) for each in (tokenizer_of, *read))
 
 
 def _save(module: Any, preprocessors: Sequence[Any], folder: Any) -> None:

@@ -110,3 +110,17 @@ def test_an_image_processor_does_not_hide_that_other_inputs_are_needed(tmp_path)
     save_model(tmp_path, "SegGptModel", "SegGptConfig", **fields)
     transformers.SegGptImageProcessor(size={"height": 96, "width": 96}).save_pretrained(tmp_path)
     assert set(models.load(tmp_path).inputs) >= {"pixel_values", "prompt_pixel_values", "prompt_masks"}
+
+
+def test_a_feature_extractor_is_not_read_as_an_image_processor(tmp_path):
+    """Both have the file preprocessor_config.json; a folder with that of CLAP was refused."""
+    text = SIZES | {"projection_dim": 16, "max_position_embeddings": 64}
+    audio = {"depths": [1, 1], "num_attention_heads": [1, 2], "patch_embeds_hidden_size": 8, "hidden_size": 16}
+    audio |= {"spec_size": 64, "num_mel_bins": 16, "projection_dim": 16, "patch_size": 4, "patch_stride": [4, 4]}
+    fields = {"text_config": text, "audio_config": audio, "projection_dim": 16, "hidden_size": 16}
+    save_model(tmp_path / "model", "ClapModel", "ClapConfig", **fields)
+    transformers.ClapFeatureExtractor(feature_size=16).save_pretrained(tmp_path / "model")
+    model = models.load(tmp_path / "model")
+    assert {"input_ids", "input_features"} <= set(model.inputs)
+    model.save(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").is_file()

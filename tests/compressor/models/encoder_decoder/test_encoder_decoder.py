@@ -25,7 +25,7 @@ from passes.graph.cache_state import bytes_per_token
 from passes.graph.sites import find_sites
 from passes.plan.selection import choose, parse
 from passes.rewrite.drop import Drop
-from tests.encoder_decoders import DROPPED, build, generated, saved, sentences, source
+from tests.encoder_decoders import BINS, DROPPED, build, generated, saved, sentences, source
 
 TASK = "text2text-generation"
 CLOSE = 1e-5  # relative; sums in another order
@@ -307,3 +307,13 @@ def test_a_module_whose_encoder_refuses_the_argument_is_not_told_to_return_a_cac
     with torch.inference_mode():
         expected = model.module(**own).logits
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+def test_the_mask_of_an_encoder_of_sound_is_its_own(tmp_path):
+    """A condition on sizes was evaluated with a mask as long as the cache, which failed without token ids."""
+    folder = saved("speech", tmp_path)
+    extractor = transformers.Speech2TextFeatureExtractor(feature_size=BINS, num_mel_bins=BINS)
+    extractor.save_pretrained(folder)
+    model = models.load(str(folder))
+    assert model.inputs[:2] == ("input_features", "attention_mask")
+    trace(model)
