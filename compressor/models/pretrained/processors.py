@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
 )
 TEXT_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
 NAMED = 3  # tokens in a sentence
+SIDES = ("padding_side", "truncation_side")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -136,6 +137,7 @@ def save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: P
     """Write config, preprocessor, generation config and files of sentence-transformers into a folder."""
     module.config.save_pretrained(folder)
     if processor is not None:
+        _state_sides(processor)
         processor.save_pretrained(folder)
         _use_older_tokenizer_class(folder / "tokenizer_config.json")
     if getattr(module, "generation_config", None) is not None and module.can_generate():
@@ -170,6 +172,18 @@ def _repeat_text_sizes(path: Path) -> None:
     assert isinstance(text, dict)
     own = {name: text[name] for name in TEXT_SIZES}
     path.write_text(json.dumps(own | content, indent=2) + "\n", encoding="utf-8")
+
+
+def _state_sides(processor: Any) -> None:
+    """Have a tokenizer write the sides on which it pads and cuts.
+
+    transformers writes them only if the files of the tokenizer stated them: neither those of a class, such as XLNet's,
+    which pads on the left, nor those that were set later.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    stated = getattr(tokenizer, "init_kwargs", None)
+    if isinstance(stated, dict):
+        stated |= {name: value for name in SIDES if (value := getattr(tokenizer, name, None)) is not None}
 
 
 def _use_older_tokenizer_class(path: Path) -> None:
