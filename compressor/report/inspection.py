@@ -48,6 +48,10 @@ class Inspection:
     at_ends: bool = False
     limitations: tuple[Limitation, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return one line; the scores are matrices."""
+        return f"Inspection(model={self.model!r}, sites={len(self.sites)}, samples={self.scores.samples})"
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one plain dict per site, in order."""
         rows = []

@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,14 @@ from runtimes.base.protocols import PRECISIONS
     ("options", "words"),
     [
         ({"model": ""}, "model is empty"),
+        ({"model": {"weight": 1}}, "model is of the type dict; expected a name, a path, or a torch.nn.Module with"),
+        ({"model": torch.nn.Linear}, "model is of the type type; expected"),
+        ({"data": []}, "data is of the type list; expected a path, the name of a hub dataset, or random, so save the"),
+        ({"data": np.zeros((4, 2))}, "data is of the type ndarray"),
+        ({"drop": 4}, "drop is 4; expected a text"),
+        ({"samples": "64"}, "samples is '64'; expected an integer"),
+        ({"max_loss": "1%"}, "max-loss is '1%'; expected a number"),
+        ({"cache": "no"}, "cache is 'no'; expected True or False"),
         ({"data": " "}, "data is empty"),
         ({"output": ""}, "output is empty"),
         ({"drop": ""}, "drop is empty"),
