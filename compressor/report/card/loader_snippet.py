@@ -158,6 +158,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
         start=preprocessing_recipe.start(folder),
         ends=preprocessing_recipe.ends(folder),
         **_rules(folder),
+        positions=preprocessing_recipe.positions(folder),
         decision=decision(model),
     )
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))

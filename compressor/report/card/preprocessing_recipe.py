@@ -21,6 +21,8 @@ PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
 FILTERS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")  # Pillow's, by number
 UNLIMITED = 10**6  # transformers writes a far larger number for a tokenizer without a maximum length
 LONGEST = 2048  # the length at which compressor.models.pretrained.text truncates texts without another limit
+# Names of the number of positions in configs of transformers.
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 # Options of generation that change a greedy choice, with the value at which they change nothing.
 RULES = {
     "num_beams": 1,
@@ -93,8 +95,7 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     )
     if not content:
         return None
-    stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
-    stated.append((config.get("text_config") or {}).get("max_position_embeddings"))
+    stated = [options.get("model_max_length"), positions(folder)]
     stated.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.
@@ -152,6 +153,16 @@ def other_rules(folder: Path) -> list[str]:
     long = [word for word in stated.get("bad_words_ids") or () if len(word) > 1]
     named = [name for name, neutral in RULES.items() if stated.get(name) not in (None, False, neutral)]
     return [*samples, *named, *(["bad_words_ids"] if long else [])]
+
+
+def positions(folder: Path) -> int | None:
+    """Return the number of positions of a model of texts; None if its config states none."""
+    config = read_config(folder, "config.json")
+    for stated in (config, config.get("text_config") or {}):
+        for name in POSITIONS:
+            if isinstance(number := stated.get(name), int) and number > 0:
+                return number
+    return None
 
 
 def start(folder: Path) -> int:

@@ -73,12 +73,12 @@ def timm_folder(folder):
     return load(folder)
 
 
-def tokens(folder, pad, **options):
+def tokens(folder, pad, length=12, **options):
     """Save a tokenizer of whole words; without `pad`, it has an end-of-text token but no padding token."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"unk_token": "[UNK]", "eos_token": "[END]", **({"pad_token": "[PAD]"} if pad else {})}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **names, **options)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names, **options)
     fast.save_pretrained(folder)
 
 
@@ -241,24 +241,29 @@ def test_the_snippet_runs_without_compressor_and_answers_as_the_engine(folders, 
 
 
 @pytest.mark.slow  # two compilers
+@pytest.mark.parametrize("kind", ["image", "causal"])
 @pytest.mark.parametrize("target", ["torch", "executorch"])
-def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders, tmp_path, target):
+def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders, tmp_path, target, kind):
     builder = runtime(target)
     if (reason := builder.missing()) is not None:
         pytest.skip(reason)
-    model, source = folders["image"]
+    model, source = folders[kind]
     folder = shutil.copytree(source, tmp_path / "out")
     (folder / "model.onnx").unlink()
     graph = trace(model)
     engine = builder.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
     content = report(model, target)
     content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+    content["timed_inputs"] = {name: list(value.shape) for name, value in model.example.items()}
     text = loader.make_snippet(content, folder).text
     assert engine.name in text
     (folder / "lines.py").write_text(text)
     alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself imports the others
     done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if kind == "causal":
+        np.testing.assert_array_equal(np.load(folder / "answer.npy"), expected(kind, model, folder, builder))
+        return
     with Image.open(folder / "photo.jpg") as image, builder.load(engine, OPTIONS) as opened:
         wanted = opened.run({"pixel_values": model.preprocess.image(image)[None]})[model.answer]
     np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
@@ -362,6 +367,24 @@ def test_the_loop_chooses_no_token_that_the_generation_config_rules_out(tmp_path
         "`generate` of transformers also follows `repetition_penalty`, `bad_words_ids` of `generation_config.json`, so "
         "it can answer otherwise."
     )
+
+
+@pytest.mark.parametrize(("length", "new"), [(4, 20), (30, 3), (90, 1)])
+def test_the_loop_ends_where_the_model_has_no_more_positions(tmp_path, length, new):
+    """GPT-2 has a table of them, and names their number in its own way."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 2}
+    source = tmp_path / "source"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(source)
+    tokens(source, pad=False, length=10**30)
+    model = load(source)
+    model.save(tmp_path)
+    by_export(model, tmp_path / "model.onnx")
+    text = loader.make_snippet(report(model), tmp_path).text.replace("in [2]", "in []")
+    (tmp_path / "lines.py").write_text(text.replace("Once upon a time", " ".join(["this"] * length)))
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(np.load(tmp_path / "answer.npy")) == min(length, 32) + new
 
 
 class Echo:
