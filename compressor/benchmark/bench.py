@@ -18,7 +18,7 @@ from compressor.benchmark.equal_inputs import SAMPLES, check_equal_inputs, other
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
-from compressor.choices import GGUF, NO_STAGES, parse_image_size, parse_image_tokens
+from compressor.choices import GGUF, HUB_READING, NO_STAGES, parse_image_size, parse_image_tokens
 from compressor.data.readers.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
@@ -386,10 +386,17 @@ def _local_data(folder: ExportFolder) -> str | None:
     """Return the data of an export: a path, ``random``, or None for the data of the sample.
 
     Raises:
-        BenchError: the data is on the hub; a folder cannot ask for a download.
+        BenchError: the data is on the hub, as a folder cannot ask for a download, or is not here.
     """
     spec: str | None = folder.report["settings"].get("data")
-    if spec is not None and looks_like(spec) and not Path(spec).expanduser().exists():
+    if spec is None or spec == "random" or Path(spec).expanduser().exists():
+        return spec
+    if not folder.report["data"]["reading"].startswith(HUB_READING):
+        raise BenchError(
+            f"the data of {folder.path}, {spec!r}, is not here (a relative path starts where the export ran); give it "
+            "with --data."
+        )
+    if looks_like(spec):
         raise BenchError(
             f"{folder.path} was exported with data from the hub, which is not downloaded on the word of a folder; give "
             f"--data {spec} to download it."

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from compressor.choices import HUB_READING
 from compressor.data.readers.base import CLASS_ORDER, LabelKind, Samples
 from compressor.data.readers.images import pictures
 from compressor.data.readers.records import record_samples
@@ -59,7 +60,10 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None,
             f"{spec} is not a local file or folder and cannot be loaded as a hub dataset "
             f"({_first_line(error)}); check the path, or the name and the network"
         ) from error
-    return dataset_samples(dataset, spec, preprocess, task, seed)
+    samples = dataset_samples(dataset, spec, preprocess, task, seed)
+    if samples.reading.startswith(HUB_READING):
+        return samples
+    return replace(samples, reading=f"{HUB_READING}: {samples.reading}")
 
 
 def _check_version(library: Any) -> None:
@@ -146,7 +150,7 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
     return Samples(
         ids,
         source.feeds,
-        f"hub dataset: images {column!r}" + ("" if label is None else f", class {label!r}"),
+        f"{HUB_READING}: images {column!r}" + ("" if label is None else f", class {label!r}"),
         labels=labels,
         label_kind=kind,
         faults=source.faults,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS, ZERO_SHOT
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, HUB_READING, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.options import fields_of
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
@@ -188,7 +188,7 @@ def _results(content: Json) -> list[EvalResult] | None:
 def _dataset(content: Json) -> str | None:
     """Return the id of a data set from the hub; None for other data."""
     data = content["data"]
-    return data["source"].split("@")[0].split(":")[0] if data["reading"].startswith("hub dataset") else None
+    return data["source"].split("@")[0].split(":")[0] if data["reading"].startswith(HUB_READING) else None
 
 
 def _data(content: Json) -> str:
