@@ -23,6 +23,7 @@ from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
 from compressor.report.report import REPORT, against, describe_calls
 from compressor.settings import Settings
+from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, read_json
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _dataset(content: Json) -> str | None:
 def _data(content: Json) -> str:
     """Return the name of the data without its folders, which would publish paths of the author's machine."""
     source: str = content["data"]["source"]
-    return _dataset(content) or ("random numbers" if content["data"]["random"] else Path(source).name)
+    return _dataset(content) or ("random numbers" if content["data"]["random"] else name_of(source))
 
 
 def _about(content: Json) -> str:
