@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compressor.study.study import Study
-    from passes.analysis.counted_cost import Costs
+    from passes.analysis.counted_cost import SiteCosts
     from passes.analysis.redundancy import Scores
     from passes.graph.graph import Site
 
@@ -41,7 +41,7 @@ class Inspection:
     model: str
     sites: tuple[Site, ...]
     scores: Scores
-    costs: Costs
+    costs: SiteCosts
     data: dict[str, Any]
     effects: Sequence[float] | None = None
     study: Study | None = None
