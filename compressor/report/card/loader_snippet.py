@@ -315,6 +315,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     if EMBEDDING in outputs and tokenizer:
         text = templates().get_template("load_sentence_transformers.py.j2").render()
         return Loader(text.strip(), ("sentence-transformers",), "transformers", ())
+    recipe = preprocessing_recipe.tokenizer(folder)
     own = (*(("AutoImageProcessor",) if picture else ()), *(("AutoTokenizer",) if tokenizer else ()))
     text = (
         templates()
@@ -324,6 +325,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
             classes=sorted((architecture, *own)),
             picture=picture,
             tokenizer=tokenizer,
+            longest=None if recipe is None else recipe.longest,
             cached=cached,
             start=preprocessing_recipe.start(folder),
             arrays={} if picture or tokenizer or cached else _arrays(content, folder),

@@ -387,6 +387,20 @@ def test_the_loop_ends_where_the_model_has_no_more_positions(tmp_path, length, n
     assert len(np.load(tmp_path / "answer.npy")) == min(length, 32) + new
 
 
+def test_the_snippet_of_a_checkpoint_cuts_longer_texts(tmp_path):
+    """Its tokenizer states no maximum length; the config states the number of positions."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, pad_token_id=0, **SMALL)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokens(tmp_path, pad=True, length=10**30)
+    text = loader.make_snippet(report(load(tmp_path), "transformers"), tmp_path).text
+    long = text.replace("This is a sentence.", " ".join(["this"] * 40))
+    assert long != text
+    names = {}
+    exec(compile(long.replace('"."', repr(str(tmp_path))), "lines.py", "exec"), names)
+    assert names["feeds"]["input_ids"].shape == (2, 16)
+
+
 class Echo:
     """A session that returns its inputs."""
 
