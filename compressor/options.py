@@ -6,6 +6,7 @@ standard library and `compressor.errors`, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -15,6 +16,7 @@ import os
 import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from compressor.errors import SettingsError
@@ -34,6 +36,8 @@ TYPES: dict[str, tuple[type, str]] = {
     "bool": (bool, "True or False"),
 }
 LONGEST = 60  # characters of a value in a message
+# Options whose values can be paths.
+PATHS = frozenset({"model", "data", "drop", "output", "prices", "class_names", "what", "include_path", "against_data"})
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def check_options(settings: Any) -> None:
         SettingsError: a value is of another type, is none of the choices, or is out of bounds.
     """
     _take_plain_integers(settings)
+    _expand_home(settings)
     for name, field in fields_of(type(settings)).items():
         facts, value = facts_of(field), getattr(settings, name)
         if value is None and field.default is None:
@@ -126,6 +131,25 @@ def _take_plain_integers(settings: Any) -> None:
         whole = isinstance(value, numbers.Integral)
         if whole and not isinstance(value, int):
             object.__setattr__(settings, name, int(value))
+
+
+def _expand_home(settings: Any) -> None:
+    """Replace a leading ``~/`` in paths by the home folder; a shell leaves it in ``--output=~/out``."""
+    for name in fields_of(type(settings)).keys() & PATHS:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            object.__setattr__(settings, name, tuple(map(at_home, value)))
+        elif isinstance(value, str | Path):
+            object.__setattr__(settings, name, at_home(value))
+
+
+def at_home(path: Value) -> Value:
+    """Return a path or a text with a leading ``~/`` replaced by the home folder, if there is one."""
+    if not isinstance(path, str | Path) or not str(path).startswith("~/"):
+        return path
+    with contextlib.suppress(RuntimeError):  # no home folder
+        return cast(Value, type(path)(Path(path).expanduser()))
+    return path
 
 
 def _type_in_words(value: object, field: Field[Any]) -> str | None:

@@ -155,11 +155,12 @@ def inspect(quiet: bool, **options: Any) -> None:
     from compressor.pipeline import inspect as pipeline
     from compressor.workspace.output_folder import check_outside, check_outside_data, check_writable
 
-    output = Path(options["output"])
+    settings = InspectSettings(**options)
+    output = Path(settings.output)
     check_writable(output)
     check_outside(output)
-    check_outside_data(output, options["data"], *options["against_data"])
-    inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
+    check_outside_data(output, settings.data, *settings.against_data)
+    inspection = pipeline.inspect(settings, console=console(quiet))
     out = Console()
     print_table(inspection.table())
     if inspection.study is not None:

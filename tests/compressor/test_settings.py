@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import compressor
 from compressor import CompressorError, Settings
+from compressor.benchmark.bench_settings import BenchSettings
 from compressor.choices import AUTO_ACTIONS, CALIBRATIONS, HEAL_METHODS
 from compressor.commands import EXPORT, SUBJECT
 from compressor.errors import SettingsError
@@ -110,6 +112,18 @@ def test_an_invalid_option_is_refused_with_one_message(options: dict[str, object
 @pytest.mark.parametrize("drop", ["none", "auto", "4", "25%", "attention:4", "block:3", "a.0.attn,b.mlp", "p.json"])
 def test_every_documented_form_of_drop_is_accepted(drop: str) -> None:
     assert Settings(drop=drop).drop == drop
+
+
+@pytest.mark.parametrize("path", ["~/out", Path("~/out")], ids=["text", "path"])
+def test_a_path_may_begin_with_the_home_folder(path: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it in --output=~/out; a folder named ~ would be written."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    own = Settings(path, data=path, output=path, drop="~/plan.json", prices=path)
+    assert {str(each) for each in (own.model, own.data, own.output, own.prices)} == {"/home/someone/out"}
+    assert own.drop == "/home/someone/plan.json"
+    assert type(own.output) is type(path)
+    compared = BenchSettings((str(path), "a~/b"), output=path)
+    assert (compared.what, str(compared.output)) == (("/home/someone/out", "a~/b"), "/home/someone/out")
 
 
 def test_settings_serialise_to_json(tmp_path: object) -> None:

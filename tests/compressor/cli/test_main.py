@@ -347,6 +347,16 @@ def test_targets_lists_every_runtime() -> None:
     assert "cuda:fp32,fp16" in text
 
 
+def test_inspect_writes_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke("inspect", "--samples", "24", "--output=~/in", "--quiet")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "home" / "in" / "inspect.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_figures_are_whole_in_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
