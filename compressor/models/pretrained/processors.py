@@ -138,6 +138,7 @@ def save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: P
     module.config.save_pretrained(folder)
     if processor is not None:
         _state_sides(processor)
+        _forget_last_call(processor)
         processor.save_pretrained(folder)
         _use_older_tokenizer_class(folder / "tokenizer_config.json")
     if getattr(module, "generation_config", None) is not None and module.can_generate():
@@ -184,6 +185,18 @@ def _state_sides(processor: Any) -> None:
     stated = getattr(tokenizer, "init_kwargs", None)
     if isinstance(stated, dict):
         stated |= {name: value for name in SIDES if (value := getattr(tokenizer, name, None)) is not None}
+
+
+def _forget_last_call(processor: Any) -> None:
+    """Have a tokenizer write no truncation and no padding into tokenizer.json.
+
+    transformers sets both at every call, and writes those of the last one, such as the length of the texts that were
+    scored. The library tokenizers, which reads the file alone, would cut and pad by them.
+    """
+    backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _use_older_tokenizer_class(path: Path) -> None:
