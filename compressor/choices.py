@@ -57,6 +57,8 @@ AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merg
 HEAL_METHODS = ("none", "closed-form", "distill")
 
 AUTO = "auto"
+# Begins the description of how data of the hub were read, by which reports tell them from files.
+HUB_READING = "hub dataset"
 # The values of --int8, which is short for --precision.
 SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic", "weight-only": "int8-weight-only"}
 

@@ -9,7 +9,7 @@ class CompressorError(Exception):
 
 
 class Terminated(SystemExit):
-    """The end of a process that got SIGTERM, which must not be taken for `sys.exit` in a user's code."""
+    """The end of a process that got SIGTERM or SIGHUP, which must not be taken for `sys.exit` in a user's code."""
 
 
 class SettingsError(CompressorError):

@@ -6,13 +6,17 @@ standard library and `compressor.errors`, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
+import numbers
+import os
 import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from compressor.errors import SettingsError
@@ -23,6 +27,17 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 _KEY = "option"
+# The types of fields with their words.
+TYPES: dict[str, tuple[type, str]] = {
+    "str": (str, "a text"),
+    "Path": (os.PathLike, "a path"),
+    "int": (int, "an integer"),
+    "float": (numbers.Real, "a number"),
+    "bool": (bool, "True or False"),
+}
+LONGEST = 60  # characters of a value in a message
+# Options whose values can be paths.
+PATHS = frozenset({"model", "data", "drop", "output", "prices", "class_names", "what", "include_path", "against_data"})
 
 
 @dataclass(frozen=True)
@@ -90,19 +105,69 @@ def flag(name: str) -> str:
 
 
 def check_options(settings: Any) -> None:
-    """Compare every field with the choices and the bounds of its option.
+    """Compare every field with the type, the choices and the bounds of its option.
 
     Raises:
-        SettingsError: a value is none of the choices, or out of bounds.
+        SettingsError: a value is of another type, is none of the choices, or is out of bounds.
     """
+    _take_plain_integers(settings)
+    _expand_home(settings)
     for name, field in fields_of(type(settings)).items():
         facts, value = facts_of(field), getattr(settings, name)
-        if value is None and (field.default is None or not facts.choices):
+        if value is None and field.default is None:
             continue
         if facts.choices and value not in facts.choices:
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(facts.choices)}.")
+        if (expected := _type_in_words(value, field)) is not None:
+            raise SettingsError(f"{flag(name)} is {_value_in_words(value)}; expected {expected}.")
         if not _within(value, facts):
             raise SettingsError(f"{flag(name)} is {_shown(value)}; expected {_exceeded(value, field)}.")
+
+
+def _take_plain_integers(settings: Any) -> None:
+    """Replace the integers of NumPy, which JSON does not take, by those of Python."""
+    for name in fields_of(type(settings)):
+        value = getattr(settings, name)
+        whole = isinstance(value, numbers.Integral)
+        if whole and not isinstance(value, int):
+            object.__setattr__(settings, name, int(value))
+
+
+def _expand_home(settings: Any) -> None:
+    """Replace a leading ``~/`` in paths by the home folder; a shell leaves it in ``--output=~/out``."""
+    for name in fields_of(type(settings)).keys() & PATHS:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            object.__setattr__(settings, name, tuple(map(at_home, value)))
+        elif isinstance(value, str | Path):
+            object.__setattr__(settings, name, at_home(value))
+
+
+def at_home(path: Value) -> Value:
+    """Return a path or a text with a leading ``~/`` replaced by the home folder, if there is one."""
+    if not isinstance(path, str | Path) or not str(path).startswith("~/"):
+        return path
+    with contextlib.suppress(RuntimeError):  # no home folder
+        return cast(Value, type(path)(Path(path).expanduser()))
+    return path
+
+
+def _type_in_words(value: object, field: Field[Any]) -> str | None:
+    """Return the type of a field in words if a value does not have it; None if it has, or if the type has no words."""
+    annotation = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    names = annotation.removesuffix(" | None").split(" | ")
+    if not set(names) <= TYPES.keys():
+        return None
+    is_switch = isinstance(value, bool) and "bool" not in names  # Python counts it as an integer
+    if not is_switch and any(isinstance(value, TYPES[name][0]) for name in names):
+        return None
+    return " or ".join(TYPES[name][1] for name in names)
+
+
+def _value_in_words(value: object) -> str:
+    """Return a value as it is written, or the class of a value that would fill more than a line."""
+    short = isinstance(value, str | int | float | None) and len(repr(value)) <= LONGEST
+    return repr(value) if short else f"of the type {type(value).__name__}"
 
 
 def _within(value: float, facts: Option) -> bool:

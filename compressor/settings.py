@@ -6,6 +6,7 @@ The command line reads the fields for `--help`, so torch and NumPy are imported 
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_LOSS = 1.0
+MODULE = "torch.nn.modules.module.Module"  # by name, because torch is not imported here
 # Fields that are arguments of Python functions only.
 API_ONLY = ("example_inputs",)
 ONLY_DROPS = f"--target {TRANSFORMERS} can only drop: whole blocks, or single branches of Llama and Mistral models"
@@ -300,6 +302,7 @@ class Settings:
     example_inputs: Any = option(None, "Inputs of a module: a tensor, a tuple or a dict of tensors.")
 
     def __post_init__(self) -> None:
+        _check_in_memory(self)
         check_options(self)
         _check_precision(self)
         if self.precision == "fp32" and (self.int8 is not None or self.factorial):
@@ -362,6 +365,21 @@ class Settings:
             "class_names": text(self.class_names),
             "output": str(self.output),
         }
+
+
+def _check_in_memory(settings: Settings) -> None:
+    """Refuse data in memory, and a model that is neither a name nor a module."""
+    if not isinstance(settings.data, str | os.PathLike | None):
+        raise SettingsError(
+            f"data is of the type {type(settings.data).__name__}; expected a path, the name of a hub dataset, or "
+            "random, so save the samples (images in a folder, texts in a .txt or .csv file, arrays with numpy.savez "
+            "under the names of the inputs) and pass the path."
+        )
+    named, kind = isinstance(settings.model, str | os.PathLike | None), type(settings.model)
+    if not named and not any(f"{each.__module__}.{each.__name__}" == MODULE for each in kind.__mro__):
+        raise SettingsError(
+            f"model is of the type {kind.__name__}; expected a name, a path, or a torch.nn.Module with example_inputs."
+        )
 
 
 def _check_precision(settings: Settings) -> None:

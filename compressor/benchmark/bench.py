@@ -14,10 +14,11 @@ from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import EAGER, BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
+from compressor.benchmark.equal_inputs import SAMPLES, check_equal_inputs, other_models
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
-from compressor.choices import GGUF, NO_STAGES, parse_image_size, parse_image_tokens
+from compressor.choices import GGUF, HUB_READING, NO_STAGES, parse_image_size, parse_image_tokens
 from compressor.data.readers.dataset.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
@@ -42,7 +43,7 @@ from compressor.workspace.output_folder import (
     write_file,
 )
 from compressor.workspace.output_lock import output_lock
-from compressor.workspace.progress import Steps
+from compressor.workspace.progress import Steps, Tick
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -189,8 +190,26 @@ def _set_up(
         data_and_model = _with_targets(
             settings, loaded, model, load_data(export_settings, model, tick, decision=_decision_share(folders))
         )
+        _check_equal_inputs(settings, export_settings, folders, loaded, data_and_model, tick)
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
+
+
+def _check_equal_inputs(
+    settings: BenchSettings,
+    export_settings: Settings,
+    folders: Mapping[str, ExportFolder],
+    loaded: Mapping[str, Model],
+    chosen: ModelAndData,
+    tick: Tick,
+) -> None:
+    """Check that the inputs of the chosen model suit the others, where anything is judged by its answers."""
+    judged = chosen.no_quality_because is None
+    if judged or settings.tasks:
+        few = partial(load_data, dataclasses.replace(export_settings, samples=SAMPLES), tick=tick)
+        first = settings.model or next(iter([*folders, *loaded]))
+        others = other_models(None if settings.model is not None else first, folders, loaded)
+        check_equal_inputs(first, chosen.model, others, few if judged else None)
 
 
 def _with_targets(settings: BenchSettings, loaded: Mapping[str, Model], model: Model, data: Data) -> ModelAndData:
@@ -367,10 +386,17 @@ def _local_data(folder: ExportFolder) -> str | None:
     """Return the data of an export: a path, ``random``, or None for the data of the sample.
 
     Raises:
-        BenchError: the data is on the hub; a folder cannot ask for a download.
+        BenchError: the data is on the hub, as a folder cannot ask for a download, or is not here.
     """
     spec: str | None = folder.report["settings"].get("data")
-    if spec is not None and looks_like(spec) and not Path(spec).expanduser().exists():
+    if spec is None or spec == "random" or Path(spec).expanduser().exists():
+        return spec
+    if not folder.report["data"]["reading"].startswith(HUB_READING):
+        raise BenchError(
+            f"the data of {folder.path}, {spec!r}, is not here (a relative path starts where the export ran); give it "
+            "with --data."
+        )
+    if looks_like(spec):
         raise BenchError(
             f"{folder.path} was exported with data from the hub, which is not downloaded on the word of a folder; give "
             f"--data {spec} to download it."
@@ -383,11 +409,12 @@ def _leakage_warnings(runner: BenchRunner, folders: Mapping[str, ExportFolder]) 
     data = runner.loaded.data
     for name, folder in folders.items():
         exported = folder.report["data"]
+        same = not data.random and _is_same_source(exported["source"], data.source)
         overlap = set(data.test.ids) - set(exported["test_ids"])
         # An export with fewer samples used fewer than half of these, in the same order, and never saw the others.
-        if not data.random and exported["source"] == data.source and exported["seed"] != data.seed:
+        if same and exported["seed"] != data.seed:
             yield f"{name} was exported with another --seed and may have been calibrated on these test samples."
-        elif not data.random and exported["source"] == data.source and overlap and _fewer(data.describe(), exported):
+        elif same and overlap and _fewer(data.describe(), exported):
             yield (
                 f"{name} was exported with more samples and may have been calibrated on {len(overlap)} of the "
                 f"{len(data.test)} test samples; give the --samples of the export."
@@ -400,6 +427,14 @@ def _weight_types(entries: Sequence[EngineEntry]) -> Iterator[str]:
         dtypes = {} if entry.module is None else entry.module.model.dtypes
         if {str(dtype) for dtype in dtypes.values()} - {"torch.float32"}:
             yield f"{entry.name} computes in float32; its checkpoint stores {describe_dtypes(dtypes.values())}."
+
+
+def _is_same_source(exported: str, source: str) -> bool:
+    """Return whether two values of --data can name the same samples: one path has many spellings.
+
+    A relative path belongs to the folder in which the export ran, which is not known, so the names decide.
+    """
+    return exported == source or Path(exported).name == Path(source).name
 
 
 def _fewer(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ class BenchSettings:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        what: tuple[object, ...] = self.what
+        if (found := next((each for each in what if not isinstance(each, str | os.PathLike)), None)) is not None:
+            raise SettingsError(
+                f"what holds a {type(found).__name__}; expected paths and names, each an argument of its own; name a "
+                "module as package.module:factory."
+            )
         check_options(self)
         for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
             if any(value < 1 for value in values) or len(set(values)) < len(values):

@@ -16,6 +16,7 @@ from compressor.models import Model
 from compressor.report.report import REPORT
 from compressor.report.report_schema import read_report
 from compressor.target.torch_eager import Module
+from compressor.workspace.folder_errors import name_of
 from compressor.workspace.manifest import check_folder, listed_file
 from compressor.workspace.output_folder import engine_bytes
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
@@ -230,7 +231,7 @@ def parse_contenders(what: Sequence[str]) -> tuple[Contender, ...]:
     if twice is not None:
         other = f" (also as {twice[1]})" if twice[1] != twice[0] else ""
         raise SettingsError(f"{twice[0]} is given twice{other}; give each argument once.")
-    short = [Path(spec).name for spec in what]
+    short = [name_of(spec) for spec in what]
     return tuple(
         _classify(name if short.count(name) == 1 else spec, spec) for spec, name in zip(what, short, strict=True)
     )

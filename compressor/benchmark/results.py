@@ -54,6 +54,11 @@ class Comparison:
     notes: tuple[str, ...]
     harness: TaskResults | None = None
 
+    def __repr__(self) -> str:
+        """Return one line; the measurements have all timings."""
+        engines = [entry.name for entry in self.entries]
+        return f"Comparison(model={self.model!r}, engines={engines!r}, against={self.against!r})"
+
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
         """All combinations of batch size and thread count."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -222,6 +222,16 @@ def _check_inputs_and_outputs(name: str, engine: Engine, loaded: ModelAndData) -
     known = {*model.inputs, *model.state.values()}
     if not required <= set(engine.inputs) <= known or model.answer not in engine.outputs:
         raise BenchError(
-            f"{name} maps {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} maps "
-            f"{', '.join(model.inputs)} to {model.answer}; measure models of one kind, or name the model with --model."
+            f"{name} maps {_listed(engine.inputs)} to {_listed(engine.outputs)}, but {model.name} maps "
+            f"{_listed(model.inputs)} to {model.answer}; measure models of one kind, or name the model with --model."
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """List names of inputs or outputs; the caches of all layers as one.
+
+    >>> _listed(["input_ids", "past_key_values.0.key", "past_key_values.0.value"])
+    'input_ids, past_key_values.*'
+    """
+    cached = ("past_", "present")
+    return ", ".join(dict.fromkeys(f"{name.split('.')[0]}.*" if name.startswith(cached) else name for name in names))

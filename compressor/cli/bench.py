@@ -8,7 +8,7 @@ import click
 
 from compressor.benchmark.bench_settings import BenchSettings
 from compressor.cli.options import argument_help, field_options, quiet_option
-from compressor.cli.param_types import command_line, console
+from compressor.cli.param_types import command_line, console, print_table
 from compressor.options import fields_of
 
 
@@ -24,7 +24,7 @@ def bench(quiet: bool, **options: Any) -> None:
     comparison = measure(BenchSettings(**options), console=console(quiet), command=command_line())
     out = Console()
     for table in comparison.tables():
-        out.print(table, highlight=False)
+        print_table(table)
     out.print(
         f"{comparison.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False
     )

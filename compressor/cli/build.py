@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.options import field_option, quiet_option
+from compressor.cli.param_types import print_table
 from compressor.settings import Settings
 
 
@@ -31,7 +32,7 @@ def build(
         folder, threads=threads, rounds=rounds, portable_engine=portable_engine, force=force, console=console
     )
     out = Console()
-    out.print(report.table(), highlight=False)
+    print_table(report.table())
     out.print(f"{report.summary()}\nWritten to {folder}.", highlight=False, markup=False, soft_wrap=False)
     if report.missed():
         sys.exit(1)

@@ -19,7 +19,7 @@ from compressor.cli.bench import bench
 from compressor.cli.build import build
 from compressor.cli.interrupts import exit_on_signals
 from compressor.cli.options import argument_help, field_options, quiet_option
-from compressor.cli.param_types import command_line, console, filter_library_logs
+from compressor.cli.param_types import command_line, console, filter_library_logs, print_table
 from compressor.commands import EXPORT, INSPECT, SUBJECT, SWEEP, InspectSettings, SweepSettings
 from compressor.errors import CompressorError, SettingsError
 from compressor.settings import Settings
@@ -115,13 +115,13 @@ def export(quiet: bool, **options: Any) -> None:
 
     report = pipeline.export(Settings(**options), console=console(quiet), command=command_line())
     out = Console()
-    out.print(report.table(), highlight=False)
+    print_table(report.table())
     if report.trials:
         from compressor.quantize.precision import table
 
-        out.print(table(report.trials), highlight=False)
+        print_table(table(report.trials))
     if report.factorial is not None:
-        out.print(report.factorial.table(), highlight=False)
+        print_table(report.factorial.table())
     out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
     if report.missed():
         sys.exit(1)
@@ -139,7 +139,7 @@ def sweep(quiet: bool, **options: Any) -> None:
 
     front = pipeline.sweep(SweepSettings(**options), console=console(quiet), command=command_line())
     out = Console()
-    out.print(front.table(), highlight=False)
+    print_table(front.table())
     out.print(f"{front.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
 
 
@@ -155,13 +155,14 @@ def inspect(quiet: bool, **options: Any) -> None:
     from compressor.pipeline import inspect as pipeline
     from compressor.workspace.output_folder import check_outside, check_outside_data, check_writable
 
-    output = Path(options["output"])
+    settings = InspectSettings(**options)
+    output = Path(settings.output)
     check_writable(output)
     check_outside(output)
-    check_outside_data(output, options["data"], *options["against_data"])
-    inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
+    check_outside_data(output, settings.data, *settings.against_data)
+    inspection = pipeline.inspect(settings, console=console(quiet))
     out = Console()
-    out.print(inspection.table())
+    print_table(inspection.table())
     if inspection.study is not None:
         out.print("\n".join(inspection.study.summary()), highlight=False, markup=False)
     for line in format_limitations(inspection.limitations):
@@ -173,7 +174,6 @@ def inspect(quiet: bool, **options: Any) -> None:
 @main.command()
 def targets() -> None:
     """List the target runtimes and their precisions."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -194,7 +194,7 @@ def targets() -> None:
         precisions = "\n".join(f"{device}: {', '.join(each)}" for device, each in target.precisions.items())
         description = escape(target.description if reason is None else reason)  # [gpu] is not markup
         table.add_row(name, state, precisions, description)
-    Console().print(table)
+    print_table(table)
 
 
 main.add_command(bench)

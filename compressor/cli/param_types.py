@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import click
 
+COLUMNS = 80
+
 
 class Milliseconds(click.ParamType[float]):
     """A latency such as 5ms or 5."""
@@ -148,6 +150,16 @@ def console(quiet: bool) -> Any:
     from rich.console import Console
 
     return None if quiet else Console(stderr=True)
+
+
+def print_table(table: Any) -> None:
+    """Print a table on standard output with 80 columns at least, which all tables fit.
+
+    In fewer, figures would be cut off; a narrower terminal breaks the lines instead.
+    """
+    from rich.console import Console
+
+    Console(width=max(Console().width, COLUMNS)).print(table, highlight=False)
 
 
 def command_line() -> str:

@@ -19,6 +19,7 @@ from compressor.deferred.check_package import Package, read_package
 from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
+from compressor.options import at_home
 from compressor.quality.disagreements import Disagreement
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.registry import head_for
@@ -89,7 +90,7 @@ def build(
         CompressorError, RuntimesError: the engine cannot be built, or its outputs differ from those of torch. The
             folder is unchanged.
     """
-    folder, steps = Path(folder), Steps(console)
+    folder, steps = at_home(Path(folder)), Steps(console)
     if rounds is not None and not 1 <= rounds <= MOST_ROUNDS:
         raise SettingsError(f"rounds is {rounds}; expected 1 to {MOST_ROUNDS:,}.")
     read_manifest(folder)  # raises before the lock is written beside a folder that is no export

@@ -37,6 +37,7 @@ from compressor.models.image_size import (
 from compressor.models.preprocess import Preprocess
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.stored_dtypes import dtypes_in
+from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, read_json
 
 TASKS = ("image-classification", "image-feature-extraction")
@@ -79,7 +80,7 @@ def load(
     name = f"local-dir:{location}" if folder.is_dir() else location
     if revision is not None:
         name = f"{name}@{revision}"
-    label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
+    label = name_of(folder) if folder.is_dir() else location.removeprefix("hf-hub:")
     _check_config(folder, random_weights)
     try:
         sized = _at_size(partial(timm.create_model, name, pretrained=not random_weights), image_size, label)

@@ -55,7 +55,7 @@ from compressor.report.report import REPORT, Quality, Report, Size, latency_to_d
 from compressor.search import depth_order, without_merges
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
-from compressor.search.plan_file import of_earlier_rule
+from compressor.search.plan_file import of_earlier_rule, of_replay
 from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import of_zeros, tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
@@ -240,6 +240,7 @@ def _compressed(
             ),
             *_lost(rewritten, subject),
             *of_earlier_rule(settings.drop),
+            *of_replay(settings.drop, subject.model.name),
             *(of_last_tokens(subject) if settings.metric == "angular" else ()),
             *of_zeros(rewritten.choice.evidence.get("zeros", {})),
             *without_genai,

@@ -40,6 +40,7 @@ from compressor.quality.torch_reference import channel_axes
 from compressor.quantize.precision import Source
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
+from compressor.search.plan_file import of_replay
 from compressor.search.planner import Choice, apply_fixed_plan
 from compressor.search.site_evidence import of_zeros
 from compressor.settings import Settings
@@ -288,6 +289,7 @@ def _report(
         evidence=choice.evidence,
         limitations=(
             *limitations_of(subject, settings.precision, {}, (), engine),
+            *of_replay(settings.drop, subject.model.name),
             *of_zeros(choice.evidence.get("zeros", {})),
         ),
     )

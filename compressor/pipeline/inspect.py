@@ -96,7 +96,7 @@ def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> 
         subject.model.name,
         subject.sites,
         scores,
-        subject.costs,
+        subject.costs.of_sites(subject.sites),
         subject.data.describe(),
         effects=measured,
         study=result,

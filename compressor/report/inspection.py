@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compressor.study.study import Study
-    from passes.analysis.counted_cost import Costs
+    from passes.analysis.counted_cost import SiteCosts
     from passes.analysis.redundancy import Scores
     from passes.graph.graph import Site
 
@@ -41,12 +41,16 @@ class Inspection:
     model: str
     sites: tuple[Site, ...]
     scores: Scores
-    costs: Costs
+    costs: SiteCosts
     data: dict[str, Any]
     effects: Sequence[float] | None = None
     study: Study | None = None
     at_ends: bool = False
     limitations: tuple[Limitation, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line; the scores are matrices."""
+        return f"Inspection(model={self.model!r}, sites={len(self.sites)}, samples={self.scores.samples})"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one plain dict per site, in order."""

@@ -42,6 +42,10 @@ class ParetoFront:
     limitations: tuple[Limitation, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return one line; the points have all timings."""
+        return f"ParetoFront(model={self.model!r}, points={len(self.points)}, built={len(self.built())})"
+
     def built(self) -> list[Point]:
         """Return the points that were built and measured."""
         return [point for point in self.points if point.latency is not None]

@@ -158,6 +158,14 @@ class Report:
     exact: dict[str, int] | None = None
     image_tokens: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        """Return one line: all fields are thousands, which a notebook would print."""
+        facts = [f"model={self.model['name']!r}", f"target={self.settings['target']!r}"]
+        facts += [f"precision={self.settings['precision']!r}", f"changes={len(self.plan.changes)}"]
+        facts += [f"speedup={self.speedup().ratio:.3g}"] if self.latency else []
+        facts += [] if self.quality is None else [f"{self.quality.metric}={self.quality.figures['result'].value:.4g}"]
+        return f"Report({', '.join(facts)})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values; latencies hold every raw sample, in milliseconds."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}

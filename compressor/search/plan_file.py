@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from compressor.choices import AUTO
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import read_json
 
@@ -77,4 +78,26 @@ def of_earlier_rule(drop: str) -> Iterator[Limitation]:
             "merged tokens",
             f"{drop} is of an earlier release, which merged tokens by their keys alone; now those that receive little "
             "attention merge first, so the result is not that of the earlier release",
+        )
+
+
+def of_replay(drop: str, model: str) -> Iterator[Limitation]:
+    """Yield a limitation if the value of ``--drop`` is a plan that another model or a search decided.
+
+    A plan fits every model of one structure, so also another fine-tune of it. It holds decisions, not the limit on the
+    loss that a search kept them to.
+
+    Args:
+        drop: the value of ``--drop``.
+        model: name of the model of this export.
+    """
+    if not drop.endswith(".json"):
+        return
+    plan = read_plan_fields(Path(drop))
+    if plan["model"] != model or plan["rule"].startswith(AUTO):
+        source = "" if plan["model"] == model else f" for {plan['model']}"
+        yield Limitation(
+            "plan",
+            f"replayed from {drop}, which was made{source} by the rule `{plan['rule']}`; no limit on the loss was held "
+            "here, so look at the measured one",
         )

@@ -173,7 +173,7 @@ def _fixed_plan(
     if settings.drop == "none":
         return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}, {}
     if settings.drop.endswith(".json"):
-        return _replay(Path(settings.drop), subject.sites), {}, {}
+        return replace(_replay(Path(settings.drop), subject.sites), model=subject.model.name), {}, {}
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
     scores = score(subject, steps, bounds) if metric in SCORED else None

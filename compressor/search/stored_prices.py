@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from compressor.errors import CompressorError
 from compressor.measure.workload import Call
 from compressor.settings import Settings
+from compressor.workspace.environment import environment
 from compressor.workspace.json_files import read_json
 
 FILES = ("report.json", "sweep.json")  # of an export and of a sweep
@@ -26,6 +27,8 @@ COMPARED = (
     *("target", "precision", "device", "threads", "batch", "generate", "image_size", "max_length", "cache"),
     "defer_build",  # ONNX Runtime on the CPU is timed in place of the target
 )
+# Packages whose release the time of an engine depends on.
+TIMED_WITH = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu12", "xllamacpp")
 _KEPT = ConfigDict(extra="ignore")
 
 
@@ -58,10 +61,18 @@ class _Model(TypedDict):
 
 
 @with_config(_KEPT)
+class _Environment(TypedDict):
+    processor: str
+    cores: int | None
+    packages: dict[str, str]
+
+
+@with_config(_KEPT)
 class _Content(TypedDict):
     settings: dict[str, str | int | float | bool | None]
     model: _Model | str
     search: _Search
+    environment: NotRequired[_Environment]
 
 
 _SCHEMA: TypeAdapter[_Content] = TypeAdapter(_Content)
@@ -113,13 +124,31 @@ def check_prices(settings: Settings) -> None:
 
 
 def price_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a sentence if a search took its prices from another one.
+    """Return a sentence if a search took its prices from another one, with what was timed elsewhere.
 
     Args:
         facts: the ``search`` part of a report.
     """
     source = facts.get("prices", {}).get("source")
-    return () if source is None else (f"The search took its prices from {source}; nothing was timed for them.",)
+    if source is None:
+        return ()
+    elsewhere = ", ".join(_differing_environment(Path(source)))
+    more = f" They were timed on another machine or release: {elsewhere}." if elsewhere else ""
+    return (f"The search took its prices from {source}; nothing was timed for them.{more}",)
+
+
+def _differing_environment(path: Path) -> Iterator[str]:
+    """Yield how the machine and the runtimes of stored timings differ from those of this process, if both are known."""
+    try:
+        there, here = _read(path)[1]["environment"], environment()
+    except (CompressorError, KeyError):  # the folder was deleted during the search, or states none
+        return
+    packages = cast("dict[str, str]", here["packages"])
+    pairs = [("processor", there["processor"], here["processor"]), ("cores", there["cores"], here["cores"])]
+    pairs += [(name, there["packages"].get(name), packages.get(name)) for name in TIMED_WITH]
+    for name, before, now in pairs:
+        if None not in (before, now) and before != now:
+            yield f"{name} {before} (here {now})"
 
 
 def _read(path: Path) -> tuple[Path, _Content, _Prices]:

@@ -1,4 +1,4 @@
-"""Errors of output folders: a full disk, a read-only disk, a missing permission."""
+"""Paths: their names, and the errors of output folders on a full disk, a read-only disk, without permission."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def readable_errors(path: Path, *, unwritable: bool = False, needed: int = SPARE
                 f"space or choose another --output ({str(error).rstrip('.')})."
             ) from error
         raise
+
+
+def name_of(path: str | Path) -> str:
+    """Return the last part of a path; that of the folder that is meant by ``.``, ``..`` or an empty path.
+
+    >>> name_of("models/my_vit/"), name_of(".") == Path.cwd().name, name_of("models/..") == Path.cwd().name
+    ('my_vit', True, True)
+    """
+    name = Path(path).name
+    return name if name not in ("", "..") else Path(path).resolve().name
 
 
 def resolved_output(path: Path) -> Path:

@@ -33,6 +33,18 @@ class Cost:
         return Cost(self.parameters - other.parameters, self.multiply_adds - other.multiply_adds)
 
 
+@dataclass(frozen=True)
+class SiteCosts:
+    """The cost of a graph, and what dropping each site alone saves, by name; unlike `Costs`, without the graph."""
+
+    total: Cost
+    by_site: Mapping[str, Cost]
+
+    def saved(self, site: Site) -> Cost:
+        """Return the cost that dropping one site saves."""
+        return self.by_site[site.name]
+
+
 class Costs:
     """Costs of a graph with any set of dropped sites, from one counted run.
 
@@ -60,6 +72,10 @@ class Costs:
     def saved(self, site: Site) -> Cost:
         """Return the cost that dropping one site saves."""
         return self.total - self.under([site])
+
+    def of_sites(self, sites: Collection[Site]) -> SiteCosts:
+        """Return what remains of the costs where the graph is not kept, as in a result that is pickled."""
+        return SiteCosts(self.total, {site.name: self.saved(site) for site in sites})
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -91,12 +92,24 @@ def test_one_declaration_makes_an_argument_of_a_function() -> None:
         ({"salt": float("nan")}, "salt is nan; expected 0 to 100 percent."),
         ({"salt": 101}, "salt is 101; expected 0 to 100 percent."),
         ({"loaves": 0}, "loaves is 0; expected at least 1."),
+        ({"loaves": "2"}, "loaves is '2'; expected an integer."),
+        ({"loaves": 2.5}, "loaves is 2.5; expected an integer."),
+        ({"loaves": True}, "loaves is True; expected an integer."),
+        ({"salt": "1%"}, "salt is '1%'; expected a number."),
+        ({"time": None}, "time is None; expected a number."),
+        ({"steam": "no"}, "steam is 'no'; expected True or False."),
+        ({"recipe": ["rye"] * 99}, "recipe is of the type list; expected a text."),
     ],
 )
 def test_one_declaration_makes_a_check(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Baking(**options)
     assert str(caught.value) == message
+
+
+def test_integers_of_numpy_become_those_of_python() -> None:
+    """The settings go into report.json, which is written behind all measurements."""
+    assert type(Baking(loaves=np.int64(2)).loaves) is int
 
 
 def test_one_declaration_makes_an_entry_of_the_reference() -> None:

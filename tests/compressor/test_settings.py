@@ -3,13 +3,16 @@
 import inspect
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import compressor
 from compressor import CompressorError, Settings
+from compressor.benchmark.bench_settings import BenchSettings
 from compressor.choices import AUTO_ACTIONS, CALIBRATIONS, HEAL_METHODS
 from compressor.commands import EXPORT, SUBJECT
 from compressor.errors import SettingsError
@@ -22,6 +25,14 @@ from runtimes.base.protocols import PRECISIONS
     ("options", "words"),
     [
         ({"model": ""}, "model is empty"),
+        ({"model": {"weight": 1}}, "model is of the type dict; expected a name, a path, or a torch.nn.Module with"),
+        ({"model": torch.nn.Linear}, "model is of the type type; expected"),
+        ({"data": []}, "data is of the type list; expected a path, the name of a hub dataset, or random, so save the"),
+        ({"data": np.zeros((4, 2))}, "data is of the type ndarray"),
+        ({"drop": 4}, "drop is 4; expected a text"),
+        ({"samples": "64"}, "samples is '64'; expected an integer"),
+        ({"max_loss": "1%"}, "max-loss is '1%'; expected a number"),
+        ({"cache": "no"}, "cache is 'no'; expected True or False"),
         ({"data": " "}, "data is empty"),
         ({"output": ""}, "output is empty"),
         ({"drop": ""}, "drop is empty"),
@@ -101,6 +112,18 @@ def test_an_invalid_option_is_refused_with_one_message(options: dict[str, object
 @pytest.mark.parametrize("drop", ["none", "auto", "4", "25%", "attention:4", "block:3", "a.0.attn,b.mlp", "p.json"])
 def test_every_documented_form_of_drop_is_accepted(drop: str) -> None:
     assert Settings(drop=drop).drop == drop
+
+
+@pytest.mark.parametrize("path", ["~/out", Path("~/out")], ids=["text", "path"])
+def test_a_path_may_begin_with_the_home_folder(path: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it in --output=~/out; a folder named ~ would be written."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    own = Settings(path, data=path, output=path, drop="~/plan.json", prices=path)
+    assert {str(each) for each in (own.model, own.data, own.output, own.prices)} == {"/home/someone/out"}
+    assert own.drop == "/home/someone/plan.json"
+    assert type(own.output) is type(path)
+    compared = BenchSettings((str(path), "a~/b"), output=path)
+    assert (compared.what, str(compared.output)) == (("/home/someone/out", "a~/b"), "/home/someone/out")
 
 
 def test_settings_serialise_to_json(tmp_path: object) -> None:

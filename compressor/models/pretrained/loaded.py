@@ -8,6 +8,7 @@ from typing import Any
 
 from compressor.choices import ImageSize
 from compressor.models import class_names
+from compressor.workspace.folder_errors import name_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Loaded:
         """The fields of a `Model` that do not depend on what it takes."""
         folder = Path(self.location).is_dir()
         return {
-            "name": Path(self.location).name if folder else self.location,
+            "name": name_of(self.location) if folder else self.location,
             "source": "transformers",
             "task": self.task,
             "module": self.module,

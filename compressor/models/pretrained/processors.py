@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
 )
 TEXT_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
 NAMED = 3  # tokens in a sentence
+SIDES = ("padding_side", "truncation_side")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -136,6 +137,8 @@ def save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: P
     """Write config, preprocessor, generation config and files of sentence-transformers into a folder."""
     module.config.save_pretrained(folder)
     if processor is not None:
+        _state_sides(processor)
+        _forget_last_call(processor)
         processor.save_pretrained(folder)
         _use_older_tokenizer_class(folder / "tokenizer_config.json")
     if getattr(module, "generation_config", None) is not None and module.can_generate():
@@ -170,6 +173,30 @@ def _repeat_text_sizes(path: Path) -> None:
     assert isinstance(text, dict)
     own = {name: text[name] for name in TEXT_SIZES}
     path.write_text(json.dumps(own | content, indent=2) + "\n", encoding="utf-8")
+
+
+def _state_sides(processor: Any) -> None:
+    """Have a tokenizer write the sides on which it pads and cuts.
+
+    transformers writes them only if the files of the tokenizer stated them: neither those of a class, such as XLNet's,
+    which pads on the left, nor those that were set later.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    stated = getattr(tokenizer, "init_kwargs", None)
+    if isinstance(stated, dict):
+        stated |= {name: value for name in SIDES if (value := getattr(tokenizer, name, None)) is not None}
+
+
+def _forget_last_call(processor: Any) -> None:
+    """Have a tokenizer write no truncation and no padding into tokenizer.json.
+
+    transformers sets both at every call, and writes those of the last one, such as the length of the texts that were
+    scored. The library tokenizers, which reads the file alone, would cut and pad by them.
+    """
+    backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _use_older_tokenizer_class(path: Path) -> None:

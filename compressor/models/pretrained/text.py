@@ -39,6 +39,7 @@ from compressor.models.text.probe import (
     vocabulary,
     without_cache,
 )
+from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 EXAMPLE_TOKENS = 16
@@ -258,7 +259,7 @@ def text_preprocess(
         align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
         special=frozenset(processor.all_special_ids),
         unknown=_unknown(processor),
-        tokenizer=f"{type(processor).__name__} of {Path(str(processor.name_or_path)).name}",
+        tokenizer=f"{type(processor).__name__} of {name_of(str(processor.name_or_path))}",
         mask_token=processor.mask_token_id,
         class_first=getattr(processor, "cls_token_id", None) is not None,
         whole=partial(_untruncated, processor, inputs),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict
@@ -65,6 +65,9 @@ class GenerationConfig(TypedDict, total=False):
     """generation_config.json of transformers."""
 
     eos_token_id: int | list[int] | None
+    suppress_tokens: list[int] | None
+    begin_suppress_tokens: list[int] | None
+    bad_words_ids: list[list[int]] | None
 
 
 @with_config(_OPEN)
@@ -152,7 +155,8 @@ class TokenizerConfig(TypedDict, total=False):
     model_max_length: int | float | None
     pad_token: str | AddedToken | None
     eos_token: str | AddedToken | None
-    padding_side: str
+    padding_side: Literal["right", "left"]
+    truncation_side: Literal["right", "left"]
 
 
 @with_config(_OPEN)

@@ -6,7 +6,7 @@ vLLM if it lacks single branches. A GGUF file is opened by llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,11 +157,14 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
         output=answer(model["outputs"]),
         start=preprocessing_recipe.start(folder),
         ends=preprocessing_recipe.ends(folder),
+        **_rules(folder),
+        positions=preprocessing_recipe.positions(folder),
         decision=decision(model),
     )
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
-    return Loader(text.strip(), packages, runtime, _remarks(content, runtime, cached, prepared))
+    remarks = _remarks(content, runtime, cached, prepared)
+    return Loader(text.strip(), packages, runtime, (*remarks, *(_other_rules(folder) if cached else ())))
 
 
 def _two_towers(content: Json) -> bool:
@@ -202,7 +205,7 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
     timed = content["timed_inputs"]
     sources = [name for name in model["inputs"] if name != DECODER_IDS and not name.startswith(PAST)]
     arrays = {} if "input_ids" in sources else {name: (1, *timed[name][1:]) for name in sources}
-    tokenizer = preprocessing_recipe.tokenizer(folder) is not None
+    tokenizer = preprocessing_recipe.tokenizer(folder)
     text = _rendered(
         "load_encoder_decoder.py.j2",
         content,
@@ -211,8 +214,10 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
         processor="image processor" if "pixel_values" in arrays else "feature extractor",
         prompt=(preprocessing_recipe.transcript_prompt if arrays else preprocessing_recipe.decoder_prompt)(folder),
         ends=preprocessing_recipe.ends(folder),
+        **_rules(folder),
     )
-    remarks = ["Generation is greedy and uses the caches: the encoder runs once, and each new token is one call."]
+    greedy = "Generation is greedy and uses the caches: the encoder runs once, and each new token is one call."
+    remarks = [greedy, *_other_rules(folder)]
     if runtime == "onnxruntime":
         remarks.append(_of_optimum(content))
     packages = ("numpy", *PACKAGES[runtime], *(("tokenizers",) if tokenizer else ()))
@@ -249,7 +254,8 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     )
     remarks = [
         "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "
-        "embeddings and of the decoder."
+        "embeddings and of the decoder.",
+        *_other_rules(folder),
     ]
     if indices:
         remarks.append(
@@ -270,6 +276,20 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         remarks.append(f"transformers.js 4.3 has no class for `{config.get('model_type', 'this model')}`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
+
+
+def _rules(folder: Path) -> dict[str, list[int]]:
+    """Return the tokens that the loop may not choose: at every place, and at the first one besides."""
+    refused, first = preprocessing_recipe.ruled_out(folder)
+    return {"refused": refused, "refused_first": first}
+
+
+def _other_rules(folder: Path) -> Iterator[str]:
+    """Yield a sentence on what generation_config.json asks for beyond a greedy loop."""
+    names = ", ".join(map(markdown.code, preprocessing_recipe.other_rules(folder)))
+    if names:
+        also = f"`generate` of transformers also follows {names} of `generation_config.json`"
+        yield f"{also}, so it can answer otherwise."
 
 
 def _of_optimum(content: Json) -> str:
@@ -295,6 +315,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     if EMBEDDING in outputs and tokenizer:
         text = templates().get_template("load_sentence_transformers.py.j2").render()
         return Loader(text.strip(), ("sentence-transformers",), "transformers", ())
+    recipe = preprocessing_recipe.tokenizer(folder)
     own = (*(("AutoImageProcessor",) if picture else ()), *(("AutoTokenizer",) if tokenizer else ()))
     text = (
         templates()
@@ -304,6 +325,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
             classes=sorted((architecture, *own)),
             picture=picture,
             tokenizer=tokenizer,
+            longest=None if recipe is None else recipe.longest,
             cached=cached,
             start=preprocessing_recipe.start(folder),
             arrays={} if picture or tokenizer or cached else _arrays(content, folder),

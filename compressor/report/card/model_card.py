@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS, ZERO_SHOT
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, HUB_READING, ZERO_SHOT
 from compressor.limitations import Limitation
+from compressor.options import fields_of
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
 from compressor.report.card import preprocessing_recipe
@@ -21,6 +22,8 @@ from compressor.report.card.markdown import code, prose
 from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
 from compressor.report.report import REPORT, against, describe_calls
+from compressor.settings import Settings
+from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, read_json
 
 if TYPE_CHECKING:
@@ -116,9 +119,23 @@ def card(content: Json, folder: Path, *, engine_folder: Path | None = None) -> s
                 for name, action in changes.items()
             },
             shell=content["command"].startswith("compressor "),
-            settings={name: value for name, value in content["settings"].items() if value not in (None, False)},
+            settings=_chosen(content["settings"]),
+            in_memory=_in_memory(content),
         )
     )
+
+
+def _chosen(settings: Json) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, and those that name the model, the data and the output."""
+    defaults = {name: field.default for name, field in fields_of(Settings).items()}
+    named = ("model", "data", "output")
+    changed = [name for name in defaults if name in named or settings.get(name, defaults[name]) != defaults[name]]
+    return {name: settings[name] for name in changed if settings.get(name) is not None}
+
+
+def _in_memory(content: Json) -> bool:
+    """Return whether the model was a module in memory, which a name cannot bring back."""
+    return content["model"]["source"] == "module" and ":" not in str(content["settings"].get("model"))
 
 
 def _header(content: Json, folder: Path) -> ModelCardData:
@@ -172,13 +189,13 @@ def _results(content: Json) -> list[EvalResult] | None:
 def _dataset(content: Json) -> str | None:
     """Return the id of a data set from the hub; None for other data."""
     data = content["data"]
-    return data["source"].split("@")[0].split(":")[0] if data["reading"].startswith("hub dataset") else None
+    return data["source"].split("@")[0].split(":")[0] if data["reading"].startswith(HUB_READING) else None
 
 
 def _data(content: Json) -> str:
     """Return the name of the data without its folders, which would publish paths of the author's machine."""
     source: str = content["data"]["source"]
-    return _dataset(content) or ("random numbers" if content["data"]["random"] else Path(source).name)
+    return _dataset(content) or ("random numbers" if content["data"]["random"] else name_of(source))
 
 
 def _about(content: Json) -> str:

@@ -21,13 +21,29 @@ PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
 FILTERS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")  # Pillow's, by number
 UNLIMITED = 10**6  # transformers writes a far larger number for a tokenizer without a maximum length
 LONGEST = 2048  # the length at which compressor.models.pretrained.text truncates texts without another limit
+# Names of the number of positions in configs of transformers.
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+# Options of generation that change a greedy choice, with the value at which they change nothing.
+RULES = {
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "sequence_bias": None,
+}
 
 
 @dataclass(frozen=True)
 class Picture:
     """The preprocessing of an image: resize, center crop, scale to [0, 1], normalise.
 
-    `resize` is the length of the shorter side, or [width, height]; `crop` is [width, height].
+    `resize` is the length of the shorter side, or [width, height]; `crop` is [width, height]. `rounding` is the
+    function that rounds the place of the crop: timm rounds to the nearest pixel, transformers towards zero.
     """
 
     mode: str
@@ -36,13 +52,22 @@ class Picture:
     crop: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rounding: str
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The truncation and padding of token ids: maximum length, padding token and padding side."""
+    """The truncation and padding of token ids.
+
+    Attributes:
+        longest: maximum length.
+        cut: side on which longer texts are cut, ``right`` or ``left``.
+        pad_id, pad_token: padding token.
+        side: padding side, ``right`` or ``left``.
+    """
 
     longest: int
+    cut: str
     pad_id: int
     pad_token: str
     side: str
@@ -70,8 +95,7 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     )
     if not content:
         return None
-    stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
-    stated.append((config.get("text_config") or {}).get("max_position_embeddings"))
+    stated = [options.get("model_max_length"), positions(folder)]
     stated.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.
@@ -83,7 +107,8 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     # A decoder that classifies compares with the id in the config, which can differ from that of the tokenizer.
     stated_id = config.get("pad_token_id")
     pad_id = stated_id if isinstance(stated_id, int) and stated_id >= 0 else int(ids.get(text, 0))
-    return Tokenizer(longest, pad_id, text, options.get("padding_side", "right"))
+    cut, side = (options.get(f"{name}_side", "right") for name in ("truncation", "padding"))
+    return Tokenizer(longest, cut, pad_id, text, side)
 
 
 def prompt(folder: Path) -> str:
@@ -107,6 +132,37 @@ def ends(folder: Path) -> tuple[int, ...]:
             listed = tokens if isinstance(tokens, list) else [tokens]
             return tuple(token for token in listed if type(token) is int)
     return ()
+
+
+def ruled_out(folder: Path) -> tuple[list[int], list[int]]:
+    """Return the tokens that generation_config.json rules out: at every place, and at the first one besides.
+
+    transformers does not take an end token for a bad word.
+    """
+    stated = read_config(folder, "generation_config.json")
+    bad = [word[0] for word in stated.get("bad_words_ids") or () if len(word) == 1]
+    always = [*(stated.get("suppress_tokens") or ()), *(set(bad) - set(ends(folder)))]
+    first = stated.get("begin_suppress_tokens") or ()
+    return sorted({token for token in always if token >= 0}), sorted({token for token in first if token >= 0})
+
+
+def other_rules(folder: Path) -> list[str]:
+    """Return the options of generation_config.json that choose other tokens than the most probable ones."""
+    stated = read_config(folder, "generation_config.json")
+    samples = ("do_sample",) if stated.get("do_sample") else ()
+    long = [word for word in stated.get("bad_words_ids") or () if len(word) > 1]
+    named = [name for name, neutral in RULES.items() if stated.get(name) not in (None, False, neutral)]
+    return [*samples, *named, *(["bad_words_ids"] if long else [])]
+
+
+def positions(folder: Path) -> int | None:
+    """Return the number of positions of a model of texts; None if its config states none."""
+    config = read_config(folder, "config.json")
+    for stated in (config, config.get("text_config") or {}):
+        for name in POSITIONS:
+            if isinstance(number := stated.get(name), int) and number > 0:
+                return number
+    return None
 
 
 def start(folder: Path) -> int:
@@ -184,7 +240,7 @@ def _timm(config: Mapping[str, Any]) -> Picture | None:
     if channels not in (1, 3) or {len(config["mean"]), len(config["std"])} != {channels}:
         return None
     colours = "L" if channels == 1 else "RGB"
-    return Picture(colours, resize, resampling, (width, height), tuple(config["mean"]), tuple(config["std"]))
+    return Picture(colours, resize, resampling, (width, height), tuple(config["mean"]), tuple(config["std"]), "round")
 
 
 def _processor(config: Mapping[str, Any]) -> Picture | None:
@@ -208,6 +264,7 @@ def _processor(config: Mapping[str, Any]) -> Picture | None:
         (crop["width"], crop["height"]) if crops else None,
         tuple(config["image_mean"]) if normal else (0.0, 0.0, 0.0),
         tuple(config["image_std"]) if normal else (1.0, 1.0, 1.0),
+        "int",
     )
 
 

@@ -279,10 +279,15 @@ def test_fp16_files_on_the_cpu_hide_overflow_which_is_a_note(tmp_path: Path) -> 
         assert [note.partition(":")[0] for note in _hidden_overflow(runner)] == expected
 
 
-def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
-    comparison = bench(
-        BenchSettings((str(exported[0]),), model=FACTORY, samples=40, rounds=1, output=tmp_path / "bench.json")
-    )
+@pytest.mark.parametrize("spelled", [False, True])
+def test_calibration_samples_in_the_test_split_are_reported(
+    exported: tuple[Path, Report, str], tmp_path: Path, spelled: bool
+) -> None:
+    """Also where the path of the data is spelled otherwise than in the export."""
+    data = f"{Path(exported[2]).parent}/./out/../rows.npz" if spelled else None
+    options: dict[str, Any] = {"model": FACTORY, "samples": 40, "rounds": 1, "output": tmp_path / "bench.json"}
+    comparison = bench(BenchSettings((str(exported[0]),), data=data, **options))
+    assert repr(comparison).startswith("Comparison(model='test_bench:small', engines=['out/")
     # Of 80 samples, the export used 20 for calibration and 20 for validation, which include the 20 test samples here.
     limitations = tuple(map(str, models.load(FACTORY).limitations))
     assert comparison.notes == (
@@ -296,6 +301,7 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
     ("what", "options", "kind", "words"),
     [
         ([], {}, SettingsError, "nothing to measure"),
+        ([torch.nn.Linear(2, 2)], {}, SettingsError, "what holds a Linear; expected paths and names"),
         (["OUT", "OUT"], {}, SettingsError, "is given twice; give"),
         (["OUT", "OUT/../out"], {}, SettingsError, "/out/../out); give each argument once."),
         (["OUT/model.onnx"], {}, SettingsError, "preprocessing they use with --model"),

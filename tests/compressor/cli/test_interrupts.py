@@ -31,7 +31,7 @@ main(["work"])
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_in_a_destructor_ends_the_command(number: signal.Signals, status: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True, check=False, timeout=60
@@ -39,6 +39,16 @@ def test_a_signal_in_a_destructor_ends_the_command(number: signal.Signals, statu
     assert (done.returncode, done.stdout) == (status, "")
     assert "Traceback" not in done.stderr
     assert ("interrupted; no output was written" in done.stderr) == (number == signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """`nohup` has SIGHUP ignored, so that a run outlives its terminal."""
+    program = PROGRAM.replace("class Closing", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n\nclass Closing")
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("range(200)", "range(2)"), str(int(signal.SIGHUP))],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "went on to its end\n")
 
 
 def test_another_ignored_exception_is_still_printed() -> None:

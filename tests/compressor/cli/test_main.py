@@ -12,11 +12,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from rich.table import Table
 
 import runtimes
 from compressor import __version__
 from compressor.choices import AUTO, BUDGETS, CALIBRATIONS, COSTS, HEAL_METHODS, PROBLEM_TYPES, SHORT_FORMS, TASKS
 from compressor.cli.main import Export, main
+from compressor.cli.param_types import print_table
 from compressor.commands import SweepSettings
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
@@ -343,6 +345,28 @@ def test_targets_lists_every_runtime() -> None:
     for name in runtimes.targets():
         assert name[:8] in text  # folded in a narrow terminal
     assert "cuda:fp32,fp16" in text
+
+
+def test_inspect_writes_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = invoke("inspect", "--samples", "24", "--output=~/in", "--quiet")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "home" / "in" / "inspect.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_figures_are_whole_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table()
+    for number in range(5):
+        table.add_column(str(number), no_wrap=True)
+    table.add_row(*["12345.678"] * 5)
+    print_table(table)
+    assert capsys.readouterr().out.count("12345.678") == 5
 
 
 def test_inspect_writes_its_files_and_keeps_progress_off_standard_output(tmp_path: Path) -> None:

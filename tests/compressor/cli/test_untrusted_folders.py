@@ -131,7 +131,17 @@ def test_bench_opens_no_compiled_code_of_a_folder(folder: Path) -> None:
 
 def test_bench_downloads_no_data_that_a_report_names(folder: Path) -> None:
     edit(folder, REPORT, at("settings", "data", value="owner/name"))
+    edit(folder, REPORT, at("data", "reading", value="hub dataset: images"))
     refused("bench", folder, "is not downloaded on the word of a folder; give --data owner/name to download it")
+
+
+@pytest.mark.parametrize("data", ["data/photos", "photos"])
+def test_bench_says_that_the_data_of_an_export_are_not_here(folder: Path, data: str) -> None:
+    """A relative path with one slash looks like a name of the hub."""
+    edit(folder, REPORT, at("settings", "data", value=data))
+    refused(
+        "bench", folder, f"'{data}', is not here (a relative path starts where the export ran); give it with --data"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- names

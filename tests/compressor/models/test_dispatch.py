@@ -217,6 +217,12 @@ def test_a_factory_in_a_missing_module_is_refused() -> None:
         load("no_such_package:make")
 
 
+def test_the_current_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sample(tmp_path / "my_vit", lambda _: None)
+    monkeypatch.chdir(folder)
+    assert load(".").name == load("../my_vit/../my_vit").name == "my_vit"
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_preprocessing_that_a_timm_config_lacks_is_said(tmp_path: Path, nested: bool) -> None:
     timm = pytest.importorskip("timm")

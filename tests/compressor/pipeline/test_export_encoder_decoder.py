@@ -1,11 +1,13 @@
 """An encoder-decoder from its folder to the files of its towers, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 from PIL import Image
 
@@ -77,6 +79,21 @@ def test_the_lines_of_the_card_generate_what_the_engine_does(exported):
         found = greedy(engine, {"input_ids": ids, "attention_mask": np.ones_like(ids)}, np.array([[2]]), 20)
     assert answer == found[0, : len(answer)].tolist()
     assert len(answer) == 21 or answer[-1] == 2
+
+
+def test_the_tokenizer_neither_cuts_nor_pads_by_its_last_call(exported, tmp_path):
+    """transformers writes what the last call set; the lines of the card also read a file that has such a rest."""
+    folder, report = exported
+    content = json.loads((folder / "tokenizer.json").read_text())
+    assert (content["truncation"], content["padding"]) == (None, None)
+    again = shutil.copytree(folder, tmp_path / "again")
+    rest = tokenizers.Tokenizer.from_file(str(again / "tokenizer.json"))
+    rest.enable_truncation(2)
+    rest.enable_padding(length=9)
+    rest.save(str(again / "tokenizer.json"))
+    text = make_snippet(report, again).text.replace("This is a sentence.", "the dog runs") + "\nprint(ids)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=again, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == tokenizer()("the dog runs")["input_ids"]
 
 
 def test_optimum_is_not_promised_for_uneven_caches(exported):

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,11 @@ def test_a_name_is_neither_markup_nor_a_formula(inspected: Inspection, monkeypat
     stream = io.StringIO()
     Console(file=stream, width=200).print(named.table())
     assert stream.getvalue().count(name) == 1 + len(inspected.sites)
+
+
+def test_a_result_is_pickled_and_printed_in_one_line(inspected: Inspection) -> None:
+    """A notebook prints it, and a process of a pool returns it; the traced graph is no part of it."""
+    again = pickle.loads(pickle.dumps(inspected))
+    assert again.rows() == inspected.rows()
+    assert again.to_json() == inspected.to_json()
+    assert re.fullmatch(r"Inspection\(model='\w+', sites=\d+, samples=\d+\)", repr(again))

@@ -10,6 +10,7 @@ from compressor.errors import CompressorError
 from compressor.measure.workload import Call
 from compressor.search.stored_prices import PricesError, price_notes, stored_timings
 from compressor.settings import Settings, SettingsError
+from compressor.workspace.environment import environment
 
 SETTINGS = Settings(batch=2, threads=1)
 CALLS = {"prompt": Call(1, {}, {"ids": (2, 6)}), "token": Call(4, {}, {"ids": (2, 1)})}
@@ -127,3 +128,16 @@ def test_the_source_is_a_note():
     assert price_notes({"prices": {"source": "out"}}) == (
         "The search took its prices from out; nothing was timed for them.",
     )
+
+
+def test_prices_of_another_machine_or_release_are_named(tmp_path):
+    """Which branch is worth its time differs between machines, so the plan is not that of this one."""
+    own = environment()
+    same = {"environment": own}
+    facts = {"prices": {"source": str(written(tmp_path, lambda content: content.update(same)))}}
+    assert price_notes(facts) == (f"The search took its prices from {tmp_path}; nothing was timed for them.",)
+    other = own | {"processor": "Z80", "packages": own["packages"] | {"torch": "1.0", "timm": "0.1"}}
+    written(tmp_path, lambda content: content.update(environment=other))
+    (sentence,) = price_notes(facts)
+    wanted = f"processor Z80 (here {own['processor']}), torch 1.0 (here {own['packages']['torch']})."
+    assert sentence.endswith(f" They were timed on another machine or release: {wanted}")

@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from compressor.choices import HUB_READING
 from compressor.data.readers.base import Samples
 from compressor.data.readers.dataset.columns import dataset_samples
 from compressor.data.readers.dataset.library import datasets_library, described, first_line, preferred_split
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
-HUB = "hub dataset"  # how the reading of its samples starts
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")
 
 
@@ -45,7 +45,7 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None,
             f"{spec} is not a local file or folder and cannot be loaded as a hub dataset "
             f"({first_line(error)}); check the path, or the name and the network"
         ) from error
-    return described(dataset_samples(dataset, spec, preprocess, task, seed), HUB, split)
+    return described(dataset_samples(dataset, spec, preprocess, task, seed), HUB_READING, split)
 
 
 def _part(library: Any, name: str, parts: Sequence[str], revision: str | None) -> tuple[str | None, str]:

@@ -93,6 +93,16 @@ def test_a_changed_padding_is_a_limitation_and_is_in_the_files(tmp_path):
     assert (saved.padding_side, saved.pad_token) == ("right", "</s>")
 
 
+def test_a_padding_side_that_no_file_stated_is_in_the_files(tmp_path):
+    """transformers writes only what the files stated before; XLNet needs its padding on the left."""
+    folder = save_letters(save_model(tmp_path / "m", "XLNetForSequenceClassification", "XLNetConfig", **XLNET), **PADS)
+    model = models.load(folder)
+    assert model.tokenizer.padding_side == "left"
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"
+
+
 def test_a_model_that_reads_its_padding_is_a_limitation(tmp_path):
     folder = save_letters(save_model(tmp_path, "FNetForSequenceClassification", "FNetConfig", **SIZES), **PADS)
     reasons = {each.feature: each.reason for each in models.load(folder).limitations}

@@ -73,12 +73,12 @@ def timm_folder(folder):
     return load(folder)
 
 
-def tokens(folder, pad):
+def tokens(folder, pad, length=12, **options):
     """Save a tokenizer of whole words; without `pad`, it has an end-of-text token but no padding token."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"unk_token": "[UNK]", "eos_token": "[END]", **({"pad_token": "[PAD]"} if pad else {})}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **names)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names, **options)
     fast.save_pretrained(folder)
 
 
@@ -92,12 +92,14 @@ def bert_folder(folder):
     return load(folder, task="sentence-similarity")
 
 
-def llama_folder(folder):
+def llama_folder(folder, **rules):
     torch.manual_seed(0)
     sizes = {"num_key_value_heads": 1, "vocab_size": len(WORDS), "max_position_embeddings": 64}
     module = transformers.LlamaForCausalLM(transformers.LlamaConfig(bos_token_id=1, eos_token_id=2, **sizes, **SMALL))
     with torch.no_grad():  # so that the next token is not always the same
         module.lm_head.weight.mul_(20)
+    for name, rule in rules.items():
+        setattr(module.generation_config, name, rule)
     module.save_pretrained(folder)
     tokens(folder, pad=False)
     return load(folder)
@@ -239,24 +241,29 @@ def test_the_snippet_runs_without_compressor_and_answers_as_the_engine(folders, 
 
 
 @pytest.mark.slow  # two compilers
+@pytest.mark.parametrize("kind", ["image", "causal"])
 @pytest.mark.parametrize("target", ["torch", "executorch"])
-def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders, tmp_path, target):
+def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders, tmp_path, target, kind):
     builder = runtime(target)
     if (reason := builder.missing()) is not None:
         pytest.skip(reason)
-    model, source = folders["image"]
+    model, source = folders[kind]
     folder = shutil.copytree(source, tmp_path / "out")
     (folder / "model.onnx").unlink()
     graph = trace(model)
     engine = builder.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
     content = report(model, target)
     content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+    content["timed_inputs"] = {name: list(value.shape) for name, value in model.example.items()}
     text = loader.make_snippet(content, folder).text
     assert engine.name in text
     (folder / "lines.py").write_text(text)
     alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself imports the others
     done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if kind == "causal":
+        np.testing.assert_array_equal(np.load(folder / "answer.npy"), expected(kind, model, folder, builder))
+        return
     with Image.open(folder / "photo.jpg") as image, builder.load(engine, OPTIONS) as opened:
         wanted = opened.run({"pixel_values": model.preprocess.image(image)[None]})[model.answer]
     np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
@@ -322,6 +329,78 @@ def test_the_snippet_of_tensorrt_rtx_fits_the_type_stubs_of_the_library(folders,
     assert '"IExecutionContext" has no attribute "no_such_call"' in faults[0]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_longer_text_is_cut_on_the_side_of_the_tokenizer(folders, tmp_path, side):
+    model, source = folders["text"]
+    folder = shutil.copytree(source, tmp_path / "out")
+    tokens(folder, pad=True, truncation_side=side)
+    text = loader.make_snippet(report(model), folder).text
+    long = " ".join(["this", *["is"] * 20, "longer"])
+    (folder / "lines.py").write_text(re.sub(r"texts = \['This.*\]", f"texts = [{long!r}]", text))
+    code = ALONE.replace('found["answer"]', 'found["feeds"]["input_ids"]')
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    original = transformers.AutoTokenizer.from_pretrained(folder)
+    wanted = original(["another one " + long], truncation=True)["input_ids"]
+    np.testing.assert_array_equal(np.load(folder / "answer.npy"), wanted)
+
+
+def test_the_loop_chooses_no_token_that_the_generation_config_rules_out(tmp_path):
+    """Marian's models have their padding among the bad words, and Whisper's have lists of tokens that no speech has."""
+    source = tmp_path / "source"
+    source.mkdir()
+    free = llama_folder(source).module.generate(torch.tensor([[3, 4, 5, 6]]), max_new_tokens=20, do_sample=False)[0, 4:]
+    often, first = sorted(set(free.tolist()) - {2}, key=free.tolist().count)[-2:]
+    rules = {"bad_words_ids": [[often], [2], [3, 4]], "begin_suppress_tokens": [first], "repetition_penalty": 1.2}
+    shutil.rmtree(source), source.mkdir()
+    model = llama_folder(source, **rules)
+    model.save(tmp_path)
+    by_export(model, tmp_path / "model.onnx")
+    found = loader.make_snippet(report(model), tmp_path)
+    (tmp_path / "lines.py").write_text(found.text)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model.module.generation_config.repetition_penalty = 1.0
+    model.module.generation_config.bad_words_ids = [[often], [2]]  # transformers leaves the end token out of them
+    np.testing.assert_array_equal(np.load(tmp_path / "answer.npy"), expected("causal", model, tmp_path, onnxruntime))
+    assert found.remarks[-1] == (
+        "`generate` of transformers also follows `repetition_penalty`, `bad_words_ids` of `generation_config.json`, so "
+        "it can answer otherwise."
+    )
+
+
+@pytest.mark.parametrize(("length", "new"), [(4, 20), (30, 3), (90, 1)])
+def test_the_loop_ends_where_the_model_has_no_more_positions(tmp_path, length, new):
+    """GPT-2 has a table of them, and names their number in its own way."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 2}
+    source = tmp_path / "source"
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(source)
+    tokens(source, pad=False, length=10**30)
+    model = load(source)
+    model.save(tmp_path)
+    by_export(model, tmp_path / "model.onnx")
+    text = loader.make_snippet(report(model), tmp_path).text.replace("in [2]", "in []")
+    (tmp_path / "lines.py").write_text(text.replace("Once upon a time", " ".join(["this"] * length)))
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(np.load(tmp_path / "answer.npy")) == min(length, 32) + new
+
+
+def test_the_snippet_of_a_checkpoint_cuts_longer_texts(tmp_path):
+    """Its tokenizer states no maximum length; the config states the number of positions."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, pad_token_id=0, **SMALL)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokens(tmp_path, pad=True, length=10**30)
+    text = loader.make_snippet(report(load(tmp_path), "transformers"), tmp_path).text
+    long = text.replace("This is a sentence.", " ".join(["this"] * 40))
+    assert long != text
+    names = {}
+    exec(compile(long.replace('"."', repr(str(tmp_path))), "lines.py", "exec"), names)
+    assert names["feeds"]["input_ids"].shape == (2, 16)
+
+
 class Echo:
     """A session that returns its inputs."""
 
@@ -344,7 +423,7 @@ def pixels_of(folder, monkeypatch):
     return names["answer"][0]
 
 
-@pytest.mark.parametrize("size", [(50, 37), (33, 64), (24, 24)])
+@pytest.mark.parametrize("size", [(50, 37), (33, 64), (24, 24), (47, 37)])
 @pytest.mark.parametrize("own", [{}, {"crop_pct": 1.0}, {"crop_mode": "squash", "interpolation": "bilinear"}], ids=str)
 def test_images_are_preprocessed_as_by_timm(own, size, tmp_path, monkeypatch):
     config = {"input_size": (3, 28, 28), "crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3)}
@@ -366,13 +445,15 @@ def test_images_are_preprocessed_as_by_timm(own, size, tmp_path, monkeypatch):
         ),
         lambda: transformers.BitImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28}),
         lambda: transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        lambda: transformers.CLIPImageProcessor(do_resize=False, crop_size={"height": 60, "width": 48}),
     ],
-    ids=["vit", "deit", "bit", "clip"],
+    ids=["vit", "deit", "bit", "clip", "small"],
 )
-def test_images_are_preprocessed_as_by_transformers(processor, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [(50, 37), (53, 37), (37, 58)], ids=str)  # with even and odd borders to crop
+def test_images_are_preprocessed_as_by_transformers(processor, size, tmp_path, monkeypatch):
     image_processor = processor()
     image_processor.save_pretrained(tmp_path)
-    picture(tmp_path / "photo.jpg")
+    picture(tmp_path / "photo.jpg", size)
     with Image.open(tmp_path / "photo.jpg") as image:
         wanted = image_processor(images=image, return_tensors="np")["pixel_values"][0]
     pixels = pixels_of(tmp_path, monkeypatch)
@@ -485,3 +566,19 @@ def test_the_card_names_the_first_classes_with_their_numbers():
     )
     many = card._classes({"id2label": {str(number): f"c{number}" for number in range(1000)}})
     assert many.endswith("`c9` (9) and 990 more, see `id2label` in `report.json`.")
+
+
+def test_the_card_repeats_every_setting_that_is_no_default(folders):
+    """0 and False are values too: a limit of 0 % is not the usual one."""
+    model, folder = folders["image"]
+    content = report(model)
+    own = {"cache": False, "max_precision_loss": 0.0, "seed": 0, "max_loss": 0.0, "force": False, "samples": None}
+    content |= {"command": "compressor.export(...)", "settings": content["settings"] | {"model": "m", **own}}
+    text = card.card(content, folder).partition("## Reproduce it")[2]
+    for line in ("model='m'", "cache=False", "max_precision_loss=0.0", "max_loss=0.0", "precision='int8'"):
+        assert f"    {line},\n" in text
+    assert "seed" not in text
+    assert "force" not in text
+    content["model"]["source"] = "module"
+    text = card.card(content, folder).partition("## Reproduce it")[2]
+    assert "    model=module,  # 'm', which was in memory\n    example_inputs=inputs,  # as in the export\n" in text
