@@ -57,6 +57,7 @@ HEADS = (
 # Classes whose small random convolutions give all candidates one score, or depths of 1e-8.
 TIED = ("dfine", "deim", "ppdoclayout", "promptdepth")
 GENERATION = "text-generation"  # of texts alone, by the class itself
+LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
@@ -187,9 +188,10 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
     several = any("arrays by the names of the inputs" in each for each in said)
-    if subject.model.inputs[0] == "pixel_values" and len(subject.model.inputs) > 1 and not several:
+    names = subject.model.inputs
+    if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
-    if "image_grid_thw" in subject.model.inputs or "image_sizes" in subject.model.inputs:
+    if any(name in names for name in LAYOUTS):
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
     placeholders = placeholders_of(subject.model)
     return found | {"limitations": said} | compared(module, path, placeholders)

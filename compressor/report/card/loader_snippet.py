@@ -6,7 +6,8 @@ vLLM if it lacks single branches. A GGUF file is opened by llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from runtimes.base.vision_language import (
     IMAGE_TOKEN,
     MERGE,
     PIXELS,
+    PLACES,
     POSITIONS,
     READS_IDS,
     SIZES,
@@ -244,6 +246,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         indices=indices,
         reads_ids=READS_IDS in facts,
         sizes=SIZES in timed,
+        columns=_columns(timed, content["generation"]["images"]),
         queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),
     )
@@ -262,14 +265,22 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             "The decoder reads `input_ids` too: they tell which tokens are of an image and attend to later ones of it. "
             "transformers.js does not pass them on."
         )
-    elif SIZES in timed:
-        remarks.append("transformers.js has no class that passes `image_sizes` to the vision encoder.")
+    elif layout := [name for name in (SIZES, PLACES) if name in timed]:
+        remarks.append(f"transformers.js has no class that passes `{layout[0]}` to the vision encoder.")
     elif runtime == "onnxruntime" and config.get("model_type") in JAVASCRIPT:
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     elif runtime == "onnxruntime":
         remarks.append(f"transformers.js 4.3 has no class for `{config.get('model_type', 'this model')}`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
+
+
+def _columns(timed: Mapping[str, Sequence[int]], image_tokens: int) -> int:
+    """Return the columns of an image of as many patches as the timed one, a line of image tokens; 0 without places."""
+    if PLACES not in timed:
+        return 0
+    patches = timed[PIXELS][1]
+    return patches // math.isqrt(patches // image_tokens)
 
 
 def _of_optimum(content: Json) -> str:
