@@ -241,7 +241,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         enclosing=enclosing if len(enclosing) == len(ENCLOSING) else [],
         merge=facts.get(MERGE),
         axes=timed.get(POSITIONS, ())[2:] == [AXES],
-        patches=arrays[PIXELS][0],
+        patches=arrays[PIXELS][0 if MERGE in facts else 1],
         grid_input=grid_input(config.get("model_type", "")),
         indices=indices,
         reads_ids=READS_IDS in facts,
