@@ -249,13 +249,16 @@ def compared_with_varying_images(module: Any, path: Path, model: Any) -> dict[st
     rows = {name: example[name][[1, 0, 1]] for name in model.preprocess.inputs}
     token, mask = model.preprocess.image_token, rows["attention_mask"]
     vocabulary = module.config.get_text_config().vocab_size
-    texts = rng.integers(5, vocabulary, (len(mask), LENGTH))
+    texts = rng.integers(10, vocabulary, (len(mask), LENGTH))  # those below are of images and of sound
     rows["input_ids"] = np.concatenate([texts * (texts != token), rows["input_ids"]], 1)
     rows["attention_mask"] = np.concatenate([np.ones_like(texts), mask], 1)
     feeds = model.preprocess.complete(rows)
     (value,) = session.run(["logits"], {name: feeds[name] for name in names})
     tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
-    arguments = model.call.__self__.images.arguments(tensors, tensors["input_ids"] == token)
+    is_image = tensors["input_ids"] == token
+    arguments = model.call.__self__.images.arguments(tensors, is_image)
+    if "mm_token_type_ids" in _parameters(module):  # as processors return for a prompt
+        arguments["mm_token_type_ids"] = is_image.long()
     with torch.inference_mode():
         expected = module(**arguments).logits.float().numpy()
     kept = rows["attention_mask"].astype(bool)

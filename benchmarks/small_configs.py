@@ -43,6 +43,7 @@ HEADS = ("num_attention_heads", "num_heads", "attention_heads", "num_attention_h
 KINDS = ("layer_types", "layers_block_type", "block_types")  # a kind for each layer
 TIED = ("stage_out_channels", "stem_out_channels", "num_groups")  # fields that widths of stages must fit
 STAGED_SIDE = 64  # pixels of an image for a model whose stages halve it
+TOWERS = ("vision_config", "audio_config")
 HALVES = 4  # rotary frequencies of a head that are divided among time, height and width
 GROWING = [16, 32, 64, 128]  # widths of stages that pool where the width grows
 # What a backbone hands out.
@@ -101,7 +102,7 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         spec = getattr(config_class, "sub_configs_defaults", {}).get(name)
-        if part is None and spec is not None and spec.optional:  # the towers of Gemma 4
+        if part is None and name in TOWERS and spec is not None and spec.optional:  # as those of Gemma 4
             part = spec.default_config
         if getattr(part, "model_type", None) == "timm_backbone":
             fields[name] = part.to_dict() | {"use_pretrained_backbone": False}
@@ -120,6 +121,7 @@ def _fit_tokens(config_class: Any, fields: dict[str, Any]) -> None:
     if config_class.__name__ == "Qwen2_5OmniThinkerConfig":
         fields["vision_start_token_id"] = 4
         fields["image_token_index"], fields["audio_token_index"], fields["video_token_index"] = 3, 5, 6
+        fields["audio_start_token_id"], fields["audio_end_token_id"], fields["user_token_id"] = 7, 8, 9
 
 
 def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None:

@@ -31,11 +31,14 @@ STATED: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
         },
     },
-    "DbrxAttentionConfig": {"rope_theta": 10000.0, "kv_n_heads": 2},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
     "DeepseekOcr2SamVisionConfig": {
         "image_size": 256, "window_size": 4, "downsample_channels": [32, 32], "hidden_size": 32,
     },
-    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [64, 32]},
+    "Ernie4_5_VLMoeTextConfig": {
+        "moe_intermediate_size": [64, 32], "hidden_size": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
+    },
     "EsmcConfig": {"num_key_value_heads": 4},
     "FastVlmConfig": {
         "vision_config": {
@@ -78,5 +81,8 @@ STATED: dict[str, dict[str, Any]] = {
     "ReformerConfig": {
         "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"], "num_buckets": 4,
         "feed_forward_size": 64,
+    },
+    "ZambaConfig": {
+        "num_hidden_layers": 5, "layers_block_type": ["linear_attention"] + ["linear_attention", "hybrid"] * 2,
     },
 }  # fmt: skip

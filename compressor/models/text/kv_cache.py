@@ -277,8 +277,8 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
     with calling(module):
         try:
             entry, layers = _initial_cache(module)
-            argument = _argument(module, entry, layers)
             takes_positions = computes_with(module, text(), "position_ids", torch.arange(TOKENS)[None])
+            argument = _argument(module, entry, layers, takes_positions)
         except NoCacheError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -385,7 +385,7 @@ def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
     return states[0]
 
 
-def _argument(module: Any, entry: str, layers: list[State]) -> str:
+def _argument(module: Any, entry: str, layers: list[State], takes_positions: bool) -> str:
     """Return the keyword argument for the cache: the one for which the returned cache is longer by the new token.
 
     Raises:
@@ -395,14 +395,14 @@ def _argument(module: Any, entry: str, layers: list[State]) -> str:
     names, refusals = tuple(dict.fromkeys((entry, *CACHE_NAMES))), []
     for name in names:
         try:
-            output = _continued(module, name, layers, 1)
+            output = _continued(module, name, layers, 1, takes_positions)
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
         if _tokens(_states(output_entry(output, entry))) != TOKENS + 1:
             continue
         try:
-            _continued(module, name, layers, 2)
+            _continued(module, name, layers, 2, takes_positions)
         except Exception as error:  # any error of the model's own code
             raise NoCacheError(f"with a cache it takes no more than one token ({first_line(error)})") from error
         return name
@@ -410,10 +410,15 @@ def _argument(module: Any, entry: str, layers: list[State]) -> str:
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")
 
 
-def _continued(module: Any, argument: str, layers: list[State], tokens: int) -> Any:
-    """Return what a module gives for some tokens behind a cache."""
+def _continued(module: Any, argument: str, layers: list[State], tokens: int, takes_positions: bool) -> Any:
+    """Return what a module gives for some tokens behind a cache, at their positions if it takes these.
+
+    Without positions, the thinker of Qwen2.5-Omni computes those of all tokens so far.
+    """
     mask = torch.ones(1, TOKENS + tokens, dtype=torch.int64)
     inputs = text(tokens) | {"attention_mask": mask}
+    if takes_positions:
+        inputs["position_ids"] = torch.arange(TOKENS, TOKENS + tokens)[None]
     return module(**inputs, **{argument: _cache(iter(layers))}, use_cache=True)
 
 

@@ -43,6 +43,7 @@ class VisionLanguage:
             ``position_ids`` [rows, tokens, 3]; None for positions of one axis.
         within_images: types of the layers in which tokens of an image also attend to later ones of it: all of Gemma 3,
             those with a sliding window of Gemma 4.
+        beyond_window: they also attend to those farther back than a sliding window, as in Gemma 3.
         embeds_itself: the class does not look up each token of a text in the table, see `embedded`.
     """
 
@@ -52,6 +53,7 @@ class VisionLanguage:
     bidirectional: bool = False
     merge: int | None = None
     within_images: tuple[str, ...] = ()
+    beyond_window: bool = False
     embeds_itself: bool = False
 
     @property
@@ -97,6 +99,9 @@ class VisionLanguage:
         assert self.merge is not None
         return grid_positions(feeds[IDS], feeds[MASK], feeds.get(GRID), self.image_token, self.merge)
 
+    def _masks(self, is_image: torch.Tensor, mask: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+        return masks_within_images(is_image, mask, config, self.within_images, beyond_window=self.beyond_window)
+
     def call(self, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return logits [rows, tokens, vocabulary], the cache, and the values at which the graph is cut."""
         count = len(self.image_inputs)
@@ -119,9 +124,7 @@ class VisionLanguage:
                 mask = arguments[MASK].to(torch.bool)[:, None, None, :]
                 arguments[MASK] = mask.expand(-1, 1, ids.shape[1], -1)
             if self.within_images:
-                arguments[MASK] = masks_within_images(
-                    is_image, arguments[MASK], module.config.get_text_config(), self.within_images
-                )
+                arguments[MASK] = self._masks(is_image, arguments[MASK], module.config.get_text_config())
             if self.merge is not None:
                 arguments[POSITIONS] = arguments[POSITIONS].permute(2, 0, 1)
             embeds, stacked = merged, tuple[torch.Tensor, ...]()
@@ -175,19 +178,20 @@ def added_behind_blocks(module: Any, stacked: Sequence[torch.Tensor]) -> Iterato
 
 
 def masks_within_images(
-    is_image: torch.Tensor, mask: torch.Tensor, config: Any, types: Sequence[str]
+    is_image: torch.Tensor, mask: torch.Tensor, config: Any, types: Sequence[str], *, beyond_window: bool
 ) -> dict[str, torch.Tensor]:
     """Return which tokens attend to which by the type of a layer, bool [rows, 1, tokens, all tokens].
 
-    A token attends to those before it and, in an image and in layers of some types, to all tokens of it; in layers with
-    a sliding window, to none farther back than the window. A padding token attends to itself, so that none attends to
-    nothing.
+    A token attends to those before it and, in an image and in layers of some types, to all tokens of it. In layers with
+    a sliding window, it attends to none farther back than the window. A padding token attends to itself, so that none
+    attends to nothing.
 
     Args:
         is_image: which of the tokens of this call stand for an image, bool [rows, tokens].
         mask: 0 at padding, int64 [rows, all tokens so far].
         config: config of the language model.
         types: the types of the layers in which a token attends to later ones of its image.
+        beyond_window: a window does not keep it from those of its image.
     """
     every, new = mask.shape[1], is_image.shape[1]
     pad = torch.nn.functional.pad
@@ -198,8 +202,11 @@ def masks_within_images(
     known, earlier = mask.to(torch.bool)[:, None, :], key <= query
     masks = {}
     for kind in dict.fromkeys((FULL, *config.layer_types)):
-        seen = (earlier | same if kind in types else earlier) & known | (key == query)
-        masks[kind] = (seen & (key > query - config.sliding_window) if kind == SLIDING else seen)[:, None]
+        inside = key > query - config.sliding_window if kind == SLIDING else torch.ones_like(earlier)
+        seen = earlier & inside
+        if kind in types:
+            seen = seen | (same if beyond_window else same & inside)
+        masks[kind] = (seen & known | (key == query))[:, None]
     return masks
 
 

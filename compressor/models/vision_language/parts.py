@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.models.auto import modeling_auto
@@ -34,7 +36,8 @@ from runtimes.base.vision_language import GRID, PIXELS, PLACES, SIZES
 KNOWN = {
     PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding",
 }  # fmt: skip
-ROWS = 2
+PLACEHOLDERS = ("video_token_id", "audio_token_id", "vision_start_token_id", "audio_start_token_id")
+ROWS, WINDOW = 2, 2
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
@@ -174,6 +177,8 @@ def _places_in_grids(module: Any) -> bool:
 def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return two texts: a token, the placeholders of an image, and a few tokens, of which the second has less.
 
+    The first token is the one that starts an image, if the config names one: Qwen2.5-Omni counts images by it.
+
     Args:
         module: the model.
         image_token: token id of the placeholders.
@@ -184,9 +189,10 @@ def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, t
     ids = torch.randint(0, vocabulary, (ROWS, longest), generator=torch.Generator().manual_seed(0))
     reserved = _reserved(module.config, image_token)
     ids = torch.where(torch.isin(ids, reserved), _unreserved(reserved, vocabulary), ids)
-    mask = torch.ones_like(ids)
+    mask, start = torch.ones_like(ids), getattr(module.config, "vision_start_token_id", None)
     for row, count in enumerate(counts):
         ids[row, 1 : 1 + count] = image_token
+        ids[row, 0] = ids[row, 0] if start is None else start
         mask[row, 1 + count + TEXT_TOKENS :] = 0
     mask[1, -TEXT_TOKENS // 4 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -194,7 +200,7 @@ def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, t
 
 def _reserved(config: Any, image_token: int) -> torch.Tensor:
     """Return the ids that a text of the example does not hold: the placeholders of images, videos and sound."""
-    others = (getattr(config, name, None) for name in ("video_token_id", "audio_token_id"))
+    others = (getattr(config, name, None) for name in PLACEHOLDERS)
     return torch.tensor([image_token, *(each for each in others if isinstance(each, int))])
 
 
@@ -236,7 +242,9 @@ def _with_masks(call: VisionLanguage, types: dict[str, torch.Tensor]) -> Iterato
     elif not any(value.any() for value in types.values()):
         yield replace(call, bidirectional=True)
     else:
-        yield from (replace(call, within_images=layers) for layers in ((FULL, SLIDING), (SLIDING,)))
+        every = (FULL, SLIDING)
+        yield replace(call, within_images=every, beyond_window=True)
+        yield from (replace(call, within_images=layers) for layers in (every, (SLIDING,)))
 
 
 def _same(
@@ -264,6 +272,13 @@ def _same(
     )
 
 
+def _narrow_window(config: Any, call: VisionLanguage) -> contextlib.AbstractContextManager[Any]:
+    """Let a sliding window be narrower than the images of the example, so that what it leaves out matters."""
+    if not call.within_images or getattr(config, "sliding_window", None) is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(config, "sliding_window", WINDOW)
+
+
 def _difference(
     call: VisionLanguage,
     module: Any,
@@ -281,7 +296,7 @@ def _difference(
     feeds = [torch.from_numpy(empty[name]) for name in call.inputs]
     arguments = call.images.arguments(example, example["input_ids"] == call.image_token)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _narrow_window(module.config.get_text_config(), call):
             expected = module(**arguments, **types).logits
             found = call.call(module, *feeds)[0]
     except Exception as error:  # modules raise errors of all kinds
