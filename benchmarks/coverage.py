@@ -66,7 +66,7 @@ ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
 LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
 BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
-SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
+SAMPLES, FRAMES = 6_000, 48  # of sound: a waveform and a spectrogram
 
 
 def class_of(config: Any) -> Any:

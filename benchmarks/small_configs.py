@@ -10,7 +10,7 @@ from stated_fields import STATED
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
-    "backbone_hidden_size hidden_size_global upsample_groups d_latents "
+    "backbone_hidden_size hidden_size_global upsample_groups d_latents audio_hidden_size "
     "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size output_channels crop_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
@@ -58,7 +58,7 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         config_class: a configuration class of transformers.
         own: the configuration of a part as the whole has it; by default that of the class.
     """
-    default = config_class() if own is None else own
+    default = _default(config_class) if own is None else own
     values = default.to_dict()
     fields = {name: value for name, value in map(_reduced, values.items()) if value is not None}
     _fit_layers(default, values, fields)
@@ -114,10 +114,21 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
     return fields | STATED.get(config_class.__name__, {})
 
 
+def _default(config_class: Any) -> Any:
+    """Return the configuration that a class has by default, with what checkpoints state if it has none without."""
+    try:
+        return config_class()
+    except Exception:  # its own checks refuse its defaults
+        return config_class(**STATED.get(config_class.__name__, {}))
+
+
 def _fit_tokens(config_class: Any, fields: dict[str, Any]) -> None:
     """State the tokens that checkpoints state and the class of the configuration does not declare."""
     if config_class.__name__.startswith("ShieldGemma"):
         fields |= {"yes_token_index": 4, "no_token_index": 5}
+    if config_class.__name__ == "Qwen3OmniMoeThinkerConfig":
+        tokens = ("image_token_id", "vision_start_token_id", "audio_token_id", "video_token_id", "audio_start_token_id")
+        fields |= {name: 3 + number for number, name in enumerate(tokens)} | {"user_token_id": 9}
     if config_class.__name__ == "Qwen2_5OmniThinkerConfig":
         fields["vision_start_token_id"] = 4
         fields["image_token_index"], fields["audio_token_index"], fields["video_token_index"] = 3, 5, 6
@@ -152,7 +163,7 @@ def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None
     if "merge_index" in values:  # SegGPT joins an image and its prompt
         fields |= {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8, "decoder_hidden_size": 16}
         fields |= {"merge_index": 0, "intermediate_hidden_state_indices": [1]}
-    if "context_length" in values:
+    if values.get("context_length"):
         fields["context_length"] = min(values["context_length"], 512)  # TimesFM 2.5 has 16,384
     if "bbox_scale" in values:  # BROS divides its width among the sines of eight coordinates
         fields["hidden_size"] = 64

@@ -13,6 +13,10 @@ SHARING = {  # of Gemma 3n and Gemma 4: a layer of each type keeps keys and valu
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 STATED: dict[str, dict[str, Any]] = {
+    "Apertus1p5Config": {"image_token_offset": 20, "audio_token_offset": 60},
+    "Apertus1p5VisionTokenizerConfig": {
+        "codebook_size": 40, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1,
+    },
     "AlignVisionConfig": {
         "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "image_size": 64,
     },
@@ -85,4 +89,35 @@ STATED: dict[str, dict[str, Any]] = {
     "ZambaConfig": {
         "num_hidden_layers": 5, "layers_block_type": ["linear_attention"] + ["linear_attention", "hybrid"] * 2,
     },
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "Dots3NoteAudioConfig": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16},
+    "Dots3NoteVisionConfig": {
+        "adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense", "sparse"],
+        "pyramid_num_routed": [-1, 4],
+    },
+    "DPTConfig": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16] * 4},
+    "EfficientLoFTRConfig": {"hidden_size": 256},
+    "Emu3Config": {
+        "vocabulary_map": {"<|extra_200|>": 5, "<image>": 3}
+        | {f"<|visual token {each:06d}|>": 10 + each for each in range(8)},
+    },
+    "Emu3VQVAEConfig": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1},
+    "Granite4VisionConfig": {
+        "downsample_rate": "1/2", "deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [0, 1, 0, 1],
+        "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "image_token_index": 3,
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+        },
+    },
+    "JanusVQVAEConfig": {
+        "base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64, "latent_channels": 32,
+        "num_patches": 4, "num_res_blocks": 1, "image_token_embed_dim": 32, "projection_dim": 32,
+    },
+    "JanusVisionConfig": {"num_image_tokens": 16},
+    "LwDetrViTConfig": {"image_size": 64, "pretrain_image_size": 64, "patch_size": 4},
+    "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "WavTokenizerConfig": {"codebook_dim": 32, "codebook_size": 40},
+    "WavTokenizerEncoderConfig": {"codebook_dim": 32},
 }  # fmt: skip

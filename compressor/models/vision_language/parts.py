@@ -42,6 +42,7 @@ TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
 EXPECTED = "expected a model such as LLaVA, SmolVLM, LLaVA-NeXT or Qwen2-VL"
+OWN_MODULE = "pass it as a module of your own, package.module:factory, with example inputs"
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _embeds_itself(module: Any, image_token: int) -> bool:
 
 
 def _refused(module: Any, location: str, reason: str) -> ModelError:
-    other = f", or {TEXTS_ALONE}" if reads_texts_alone(module) else ""
-    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}{other}.")
+    other = TEXTS_ALONE if reads_texts_alone(module) else OWN_MODULE
+    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}, or {other}.")
 
 
 def _images(module: Any, location: str, others: Sequence[str]) -> Images:
@@ -192,7 +193,8 @@ def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, t
     mask, start = torch.ones_like(ids), getattr(module.config, "vision_start_token_id", None)
     for row, count in enumerate(counts):
         ids[row, 1 : 1 + count] = image_token
-        ids[row, 0] = ids[row, 0] if start is None else start
+        if start not in (None, image_token):
+            ids[row, 0] = start
         mask[row, 1 + count + TEXT_TOKENS :] = 0
     mask[1, -TEXT_TOKENS // 4 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
