@@ -17,6 +17,7 @@ STATED: dict[str, dict[str, Any]] = {
     "Apertus1p5VisionTokenizerConfig": {
         "codebook_size": 40, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1,
     },
+    "AlignConfig": {"projection_dim": 640},  # the width of its images, which are not projected
     "AlignVisionConfig": {
         "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "image_size": 64,
     },

@@ -12,7 +12,7 @@ from compressor.errors import SettingsError
 from compressor.internals.transformers import quiet
 from compressor.lower.trace import trace
 from compressor.models import ModelError
-from compressor.models.vision_language.call import merge
+from compressor.models.vision_language.call import embedded, merge
 from compressor.models.vision_language.image_features import image_features
 from compressor.models.vision_language.parts import parts_of
 from passes.base import apply
@@ -114,6 +114,17 @@ def test_features_are_placed_as_transformers_does():
     features, text = torch.randn(2, 2, 5), torch.randn(2, 4, 5)
     is_image = ids == TOKEN
     assert torch.equal(merge(features, text, is_image), text.masked_scatter(is_image[..., None], features))
+
+
+@pytest.mark.parametrize(("kind", "own"), [("gemma4_vision", True), ("qwen2_vl", False)])
+def test_classes_that_look_placeholders_up_as_padding_embed_a_text_themselves(kind, own):
+    """A generated text may hold the placeholder of a video, which Gemma 4 looks up as padding."""
+    module = varying_images.build(kind)
+    assert parts_of(module, "m", cache=True).call.embeds_itself == own
+    found, *_ = embedded(module, torch.tensor([[5, varying_images.TOKEN]]))
+    padding = module.config.get_text_config().pad_token_id
+    wanted = torch.tensor([[5, padding if own else varying_images.TOKEN]])
+    assert torch.equal(found, module.get_input_embeddings()(wanted))
 
 
 def thinker():
