@@ -57,6 +57,7 @@ HEADS = (
 # Classes whose small random convolutions give all candidates one score, or depths of 1e-8.
 TIED = ("dfine", "deim", "ppdoclayout", "promptdepth")
 GENERATION = "text-generation"  # of texts alone, by the class itself
+LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
@@ -65,7 +66,7 @@ ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
 LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
 BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
-SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
+SAMPLES, FRAMES = 6_000, 48  # of sound: a waveform and a spectrogram
 
 
 def class_of(config: Any) -> Any:
@@ -187,9 +188,10 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
     several = any("arrays by the names of the inputs" in each for each in said)
-    if subject.model.inputs[0] == "pixel_values" and len(subject.model.inputs) > 1 and not several:
+    names = subject.model.inputs
+    if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
-    if "image_grid_thw" in subject.model.inputs or "image_sizes" in subject.model.inputs:
+    if any(name in names for name in LAYOUTS):
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
     placeholders = placeholders_of(subject.model)
     return found | {"limitations": said} | compared(module, path, placeholders)
@@ -247,13 +249,16 @@ def compared_with_varying_images(module: Any, path: Path, model: Any) -> dict[st
     rows = {name: example[name][[1, 0, 1]] for name in model.preprocess.inputs}
     token, mask = model.preprocess.image_token, rows["attention_mask"]
     vocabulary = module.config.get_text_config().vocab_size
-    texts = rng.integers(5, vocabulary, (len(mask), LENGTH))
+    texts = rng.integers(10, vocabulary, (len(mask), LENGTH))  # those below are of images and of sound
     rows["input_ids"] = np.concatenate([texts * (texts != token), rows["input_ids"]], 1)
     rows["attention_mask"] = np.concatenate([np.ones_like(texts), mask], 1)
     feeds = model.preprocess.complete(rows)
     (value,) = session.run(["logits"], {name: feeds[name] for name in names})
     tensors = {name: torch.from_numpy(each) for name, each in rows.items()}
-    arguments = model.call.__self__.images.arguments(tensors, tensors["input_ids"] == token)
+    is_image = tensors["input_ids"] == token
+    arguments = model.call.__self__.images.arguments(tensors, is_image)
+    if "mm_token_type_ids" in _parameters(module):  # as processors return for a prompt
+        arguments["mm_token_type_ids"] = is_image.long()
     with torch.inference_mode():
         expected = module(**arguments).logits.float().numpy()
     kept = rows["attention_mask"].astype(bool)

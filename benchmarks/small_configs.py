@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stated_fields import STATED
+
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size "
+    "backbone_hidden_size hidden_size_global upsample_groups d_latents audio_hidden_size "
     "projection_hidden_size projector_hidden_size mamba_d_ssm reassemble_hidden_size output_channels crop_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "mm_tokens_per_image "
-    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",
+    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads "
+    "zero_expert_num",
     2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
     "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts moe_k n_group "
-    "num_expert_group num_experts_per_token",
+    "num_expert_group num_experts_per_token moe_topk",
     8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
-    "rotary_dim channel_shrink_ratio block_size global_block_size attention_window num_global_tokens",
+    "rotary_dim channel_shrink_ratio block_size global_block_size attention_window num_global_tokens "
+    "hidden_size_per_layer_input num_latents",
     7: "local_radius",
     16: "kv_lora_rank q_lora_rank mamba_d_head num_pos_feats",
     64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
-    "shared_expert_intermediate_size ffn_hidden_size",
-    128: "max_position_embeddings n_positions",
-    120: "vocab_size entity_vocab_size vocab_size_per_layer_input",
+    "shared_expert_intermediate_size ffn_hidden_size expert_ffn_hidden_size",
+    128: "max_position_embeddings n_positions position_embedding_size",
+    120: "vocab_size entity_vocab_size vocab_size_per_layer_input text_vocab_size encoder_hash_byte_group_vocab",
     1: "topk_group",
 }
 SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
+# Sizes that checkpoints state where the class has none.
+UNSTATED = {name: SIZES[name] for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size", "head_dim")} | {
+    "n_routed_experts": 4, "n_shared_experts": 1, "prediction_length": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4,
+}  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DEPTHS = ("depths", "num_layers", "layers", "block_sizes", "n_attn_blocks")
 WIDTHS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths", "embed_dim_per_stage")
@@ -33,6 +43,7 @@ HEADS = ("num_attention_heads", "num_heads", "attention_heads", "num_attention_h
 KINDS = ("layer_types", "layers_block_type", "block_types")  # a kind for each layer
 TIED = ("stage_out_channels", "stem_out_channels", "num_groups")  # fields that widths of stages must fit
 STAGED_SIDE = 64  # pixels of an image for a model whose stages halve it
+TOWERS = ("vision_config", "audio_config")
 HALVES = 4  # rotary frequencies of a head that are divided among time, height and width
 GROWING = [16, 32, 64, 128]  # widths of stages that pool where the width grows
 # What a backbone hands out.
@@ -47,7 +58,7 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         config_class: a configuration class of transformers.
         own: the configuration of a part as the whole has it; by default that of the class.
     """
-    default = config_class() if own is None else own
+    default = _default(config_class) if own is None else own
     values = default.to_dict()
     fields = {name: value for name, value in map(_reduced, values.items()) if value is not None}
     _fit_layers(default, values, fields)
@@ -57,9 +68,7 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if any(name in values for name in TIED):
         fields = {name: value for name, value in fields.items() if name not in (*WIDTHS, "embedding_size")}
-    for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size", "head_dim", "n_routed_experts"):
-        if values.get(name, 0) is None:
-            fields[name] = SIZES[name]
+    fields |= {name: size for name, size in UNSTATED.items() if values.get(name, 0) is None}
     if "max_2d_position_embeddings" in values:  # six coordinates of a box share the width
         boxes = {"hidden_size": 48, "coordinate_size": 8, "shape_size": 8}
         fields |= {name: size for name, size in boxes.items() if name in values}
@@ -92,6 +101,9 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
     _fit_tokens(config_class, fields)
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
+        spec = getattr(config_class, "sub_configs_defaults", {}).get(name)
+        if part is None and name in TOWERS and spec is not None and spec.optional:  # as those of Gemma 4
+            part = spec.default_config
         if getattr(part, "model_type", None) == "timm_backbone":
             fields[name] = part.to_dict() | {"use_pretrained_backbone": False}
         elif hasattr(type(part), "model_type"):
@@ -99,16 +111,28 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
             if name == "decoder" and "EncoderDecoder" in config_class.__name__:  # joined from two models
                 fields[name] |= {"is_decoder": True, "add_cross_attention": True}
     _fit_parts(values, fields)
-    return fields
+    return fields | STATED.get(config_class.__name__, {})
+
+
+def _default(config_class: Any) -> Any:
+    """Return the configuration that a class has by default, with what checkpoints state if it has none without."""
+    try:
+        return config_class()
+    except Exception:  # its own checks refuse its defaults
+        return config_class(**STATED.get(config_class.__name__, {}))
 
 
 def _fit_tokens(config_class: Any, fields: dict[str, Any]) -> None:
     """State the tokens that checkpoints state and the class of the configuration does not declare."""
     if config_class.__name__.startswith("ShieldGemma"):
         fields |= {"yes_token_index": 4, "no_token_index": 5}
+    if config_class.__name__ == "Qwen3OmniMoeThinkerConfig":
+        tokens = ("image_token_id", "vision_start_token_id", "audio_token_id", "video_token_id", "audio_start_token_id")
+        fields |= {name: 3 + number for number, name in enumerate(tokens)} | {"user_token_id": 9}
     if config_class.__name__ == "Qwen2_5OmniThinkerConfig":
         fields["vision_start_token_id"] = 4
         fields["image_token_index"], fields["audio_token_index"], fields["video_token_index"] = 3, 5, 6
+        fields["audio_start_token_id"], fields["audio_end_token_id"], fields["user_token_id"] = 7, 8, 9
 
 
 def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
@@ -139,7 +163,7 @@ def _fit_convolutions(values: Mapping[str, Any], fields: dict[str, Any]) -> None
     if "merge_index" in values:  # SegGPT joins an image and its prompt
         fields |= {"image_size": [64, 32], "pretrain_image_size": 32, "patch_size": 8, "decoder_hidden_size": 16}
         fields |= {"merge_index": 0, "intermediate_hidden_state_indices": [1]}
-    if "context_length" in values:
+    if values.get("context_length"):
         fields["context_length"] = min(values["context_length"], 512)  # TimesFM 2.5 has 16,384
     if "bbox_scale" in values:  # BROS divides its width among the sines of eight coordinates
         fields["hidden_size"] = 64
@@ -221,6 +245,9 @@ def _fit_layers(default: Any, values: Mapping[str, Any], fields: dict[str, Any])
     kinds = next((list(kinds) for each in KINDS if isinstance(kinds := getattr(default, each, None), list | tuple)), [])
     fields[name] = max([fields[name], *(kinds.index(kind) + 1 for kind in kinds)])
     fields |= {each: values[each] for each in KEPT if values.get(each) is not None}
+    for each, listed in values.items():  # such as layers_block_type, where the class has a list of its own
+        if isinstance(listed, list) and len(listed) == values[name] and all(isinstance(kind, str) for kind in listed):
+            fields[each] = listed[: fields[name]]
     stages = values.get("out_indices")
     if isinstance(stages, Sequence) and max(stages) > fields[name]:
         fields.pop("out_features", None)

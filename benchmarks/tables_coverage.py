@@ -26,6 +26,7 @@ KINDS = {
     "could not be traced": "cannot be traced by torch.export",
     "cannot be written as ONNX": "has an operator without an ONNX form",
     "KV cache": "keeps a cache of another kind than keys and values",
+    "has no forward of its own": "joins models that are exported one by one",
     "no residual branch": "has no residual branch",
     "draws random numbers": "draws random numbers",
     "leaves out the mask of texts without padding": "attends to later tokens where no text is padded",

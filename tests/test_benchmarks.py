@@ -1223,3 +1223,17 @@ def test_architectures_whose_images_vary_in_size_are_compared_at_two_sizes(name,
     found = script("coverage").judged(name, tmp_path)
     assert (found["outcome"], found["sites"]) == ("passes", sites)
     assert found["difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("gemma4", ("vision_tower", "audio_tower")),  # its class leaves them out by default
+        ("zamba", ("layers",)),  # states a list of the kinds of its layers, of which two of each are needed
+        ("dbrx", ("blocks",)),  # its class reads a field that only checkpoints state
+    ],
+)
+def test_models_that_need_more_than_narrow_layers_are_made_small(name, parts):
+    module = script("coverage").small_model(name)
+    assert all(getattr(module.base_model, part, None) is not None for part in parts)
+    assert sum(each.numel() for each in module.parameters()) < 1_000_000

@@ -15,15 +15,17 @@ from tests.vision_language_models import build_from
 PATCH = 4
 START, END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "hyperclovax")
-KINDS = (*GRIDS, "llava_next", "mistral3")
-IMAGE = {"llava_next": "<image>", "mistral3": "[IMG]"} | dict.fromkeys(GRIDS, "<|image_pad|>")
-LEAD = {"llava_next": "<image>", "mistral3": "[IMG]"} | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
+GEMMA = ("gemma4", "gemma4_vision")  # that adds embeddings in layers, and that reads an image in both directions
+KINDS = (*GRIDS, "llava_next", "mistral3", *GEMMA)
+IMAGE = {"llava_next": "<image>", "mistral3": "[IMG]"} | dict.fromkeys(GEMMA, "<|image|>")
+IMAGE |= dict.fromkeys(GRIDS, "<|image_pad|>")
+LEAD = IMAGE | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
 SIDE = 8  # of a tile
 TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
 PINPOINTS = [[8, 16], [16, 8], [16, 16], [24, 8], [8, 24]]
 SIZES = ((24, 40), (48, 16))  # height and width in pixels
-INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "input_ids", "attention_mask")
+INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids", "input_ids", "attention_mask")
 # A branch of the vision tower and an attention of the language model.
 DROPPED = {
     "qwen2_vl": ("model.visual.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
@@ -33,7 +35,7 @@ DROPPED = {
     "hyperclovax": ("model.vision_model.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "llava_next": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
     "mistral3": ("model.vision_tower.transformer.layers.0.feed_forward", "model.language_model.layers.0.self_attn"),
-}
+} | dict.fromkeys(GEMMA, ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.1.self_attn"))
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 1,
@@ -96,7 +98,39 @@ def config(kind):
             vision_config=transformers.PixtralVisionConfig(**vision), text_config=transformers.MistralConfig(**_TEXT),
             image_token_index=TOKEN, spatial_merge_size=2,
         )  # fmt: skip
+    if kind in GEMMA:
+        return _gemma4(kind)
     raise ValueError(kind)
+
+
+def _gemma4(kind):
+    text = _TEXT | {"head_dim": 8, "global_head_dim": 16, "sliding_window": 8}
+    layers = ["sliding_attention", "full_attention"]
+    if kind == "gemma4":  # as E2B
+        text |= {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": layers * 2, "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+        }  # fmt: skip
+    else:  # as 26B-A4B
+        text |= {
+            "layer_types": layers, "use_bidirectional_attention": "vision", "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4,
+            "top_k_experts": 2, "moe_intermediate_size": 16,
+        }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 8, "patch_size": PATCH, "pooling_kernel_size": 2,
+        "position_embedding_size": 300, "standardize": kind != "gemma4",
+    }  # fmt: skip
+    tokens = {f"{name}_token_id": TOKEN + number for number, name in enumerate(("image", "boi", "eoi", "audio", "boa"))}
+    return transformers.Gemma4Config(
+        text_config=text,
+        vision_config=vision,
+        **tokens,
+        eoa_token_index=TOKEN + 5,
+        video_token_id=TOKEN + 6,
+        tie_word_embeddings=False,
+    )
 
 
 def build(kind):
@@ -120,6 +154,8 @@ def processor(kind):
         words.add_special_tokens({"additional_special_tokens": [IMAGE[kind], "[IMG_BREAK]", "[IMG_END]"]})
         images = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=PATCH)
         return transformers.PixtralProcessor(images, words, patch_size=PATCH, spatial_merge_size=2)
+    if kind in GEMMA:
+        return _processor_of_gemma4(words)
     words.add_special_tokens({"additional_special_tokens": [IMAGE[kind], VIDEO, START, END]})
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": PATCH**2, "longest_edge": 10000}, patch_size=PATCH
@@ -127,6 +163,18 @@ def processor(kind):
     video = transformers.Qwen2VLVideoProcessor(patch_size=PATCH)
     made = transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
     return made(images, words, video)
+
+
+def _processor_of_gemma4(words):
+    extra = {f"{name}_token": f"<|{name}|>" for name in ("image", "boi", "eoi", "audio", "boa", "eoa")}
+    words.add_special_tokens({"additional_special_tokens": [*extra.values(), "<|video|>"]})
+    names = {name: getattr(words, name) for name in ("bos_token", "pad_token", "eos_token", "unk_token")}
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer, model_max_length=256, extra_special_tokens=extra, **names
+    )
+    images = transformers.Gemma4ImageProcessor(patch_size=PATCH, max_soft_tokens=70, pooling_kernel_size=2)
+    sound, video = transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4VideoProcessor()
+    return transformers.Gemma4Processor(sound, images, own, video)
 
 
 @functools.cache

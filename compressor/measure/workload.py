@@ -26,7 +26,7 @@ from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
-from runtimes.base.vision_language import FEATURES, GRID, POSITIONS, SIZES, is_image
+from runtimes.base.vision_language import FEATURES, LAYOUTS, POSITIONS, is_image
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
@@ -232,7 +232,7 @@ def _pictures(subject: ModelAndData, batch: int) -> dict[str, npt.NDArray[np.gen
     example = {name: value[:1] for name, value in subject.model.preprocess.example.items() if is_image(name)}
     feeds = timing_feeds(subject.data.test, batch)
     return {
-        name: np.resize(value if name in (GRID, SIZES) else feeds[name], (batch, *value.shape[1:]))
+        name: np.resize(value if name in LAYOUTS else feeds[name], (batch, *value.shape[1:]))
         for name, value in example.items()
     }
 

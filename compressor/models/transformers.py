@@ -84,6 +84,8 @@ AUTO = {
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
     vision_language.TASK: "AutoModelForImageTextToText",
 }
+# Automatic classes of models that a class without a forward may join, the likeliest first.
+PARTS = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
 FEATURES = ("feature-extraction", "image-feature-extraction", ZERO_SHOT)
 TOKENS = {"input_ids", "decoder_input_ids"}  # inputs that are looked up in the embeddings of tokens
 
@@ -186,6 +188,7 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
+    _check_forward(architecture, config, location)
     if _has_two_towers(architecture):
         return ZERO_SHOT
     from_to = encoder_decoder.task_of(config, architecture)
@@ -214,6 +217,26 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
             f"{', '.join(f'...{ending}' for ending in HEADS)}, or {_without_head(config, architecture, features)}."
         )
     return features
+
+
+def _check_forward(architecture: str, config: Any, location: str) -> None:
+    """Check that a class computes something itself; Bark and Qwen2.5-Omni call models of their own in `generate` alone.
+
+    Raises:
+        ModelError: it has no forward.
+    """
+    named = _named(architecture)
+    if named is None or named.forward is not torch.nn.Module.forward:
+        return
+    parts = [part for part in vars(config).values() if isinstance(part, transformers.PreTrainedConfig)]
+    kinds = (kind.__name__ for part in parts for name in PARTS for kind in made_by(getattr(transformers, name), part))
+    part = next(kinds, None)
+    advice = (
+        "pass a part of it as a module of your own, package.module:factory, with example inputs"
+        if part is None
+        else f"save one of them, such as {part}.from_pretrained({location!r}).save_pretrained(FOLDER), and pass FOLDER"
+    )
+    raise ModelError(f"{location} is a {architecture}, which joins models and has no forward of its own; {advice}.")
 
 
 def _without_head(config: Any, architecture: str, features: str) -> str:

@@ -31,6 +31,8 @@ PIXELS = "pixel_values"
 GRID, SHORT_GRID = "image_grid_thw", "grid_thw"
 SIZES = "image_sizes"  # height and width of each image in pixels, before it was cut into tiles
 SHAPES = "spatial_shapes"  # height and width of each image in patches
+PLACES = "image_position_ids"  # column and row of each patch, -1 at padding
+LAYOUTS = (GRID, SIZES, SHAPES, PLACES)  # inputs that tell how the pixels of an image lie
 # Values at which the graph of a whole model is cut; in the files, the embeddings of tokens are inputs_embeds too.
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
 FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside the others, and its entry
@@ -42,7 +44,7 @@ Array = npt.NDArray[Any]
 
 def is_image(name: str) -> bool:
     """Return whether an input of the whole model is one of the vision encoder, such as ``pixel_attention_mask``."""
-    return name.startswith("pixel_") or name in (GRID, SIZES)
+    return name.startswith("pixel_") or name in LAYOUTS
 
 
 def grid_input(model_type: str) -> str:
@@ -81,6 +83,8 @@ def parts_of(path: Path) -> tuple[Path, Path, Path] | None:
 def merge(features: Array, text: Array, is_image: npt.NDArray[np.bool_]) -> Array:
     """Return the embeddings in which the placeholders are replaced by the features of images, in order.
 
+    Embeddings may be wider: what stands behind the width of the features is that of the placeholder.
+
     Args:
         features: features of all images, [images, image tokens, width]; those of a row stand behind each other.
         text: embeddings of all tokens, [rows, tokens, width].
@@ -100,7 +104,7 @@ def merge(features: Array, text: Array, is_image: npt.NDArray[np.bool_]) -> Arra
                 f"row {row} of input_ids has {wanted} placeholders of image tokens, but its images have "
                 f"{by_row.shape[1]} features; expected a placeholder for each feature."
             )
-        merged[row, is_image[row]] = by_row[row, :wanted]
+        merged[row, is_image[row], : features.shape[-1]] = by_row[row, :wanted]
     return merged
 
 

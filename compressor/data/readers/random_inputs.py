@@ -8,7 +8,7 @@ import numpy as np
 
 from compressor.data.readers.base import Array, Feeds, Samples
 from compressor.models.preprocess import Preprocess
-from runtimes.base.vision_language import GRID, SHAPES, SIZES
+from runtimes.base.vision_language import LAYOUTS
 
 ROWS = 256
 
@@ -47,7 +47,7 @@ def _with_images(ids: Array, is_image: Array, token: int) -> Array:
 
 
 def _values(generator: np.random.Generator, name: str, example: Array, index: int) -> Array:
-    if name.endswith("mask") or name in (GRID, SIZES, SHAPES) or example.dtype.kind == "b":
+    if name.endswith("mask") or name in LAYOUTS or example.dtype.kind == "b":
         return np.array(example[index % len(example)])
     if example.dtype.kind in "iu":
         integers = generator.integers(0, int(example.max()) + 1, size=example.shape[1:], dtype=np.int64)

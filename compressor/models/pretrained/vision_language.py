@@ -73,7 +73,7 @@ def _grid(images: Images, module: Any) -> GridInput | None:
 
 
 def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
-    """Yield which image is timed where images vary in size, what windows cost, and that no videos are taken."""
+    """Yield which image is timed where images vary in size, what windows cost, and what is not taken."""
     images = parts.call.images
     if not isinstance(images, OneSize):
         count = parts.image_tokens
@@ -83,5 +83,7 @@ def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
             "windows of the vision tower",
             "computed by masks, so a block with windows takes the time of one whose patches all attend to each other",
         )
-    if hasattr(module, "get_video_features"):
+    if any(hasattr(part, "get_video_features") for part in (module, getattr(module, "model", None))):
         yield Limitation("videos", "the files take images and texts, no videos")
+    if getattr(module.config, "audio_config", None) is not None:
+        yield Limitation("sound", "the files take images and texts, no sound")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from compressor.limitations import Limitation
 
-if TYPE_CHECKING:
-    import torch
-
 WRITABLE = "batched_mm"  # the one form of transformers without a loop over the experts and without grouped_mm
 STACKED = 3  # axes of the weights of all experts together
+COUNTS = ("total_experts", "num_experts")  # of a class, with experts that compute nothing
+ROUTED = ["hidden_states", "top_k_index", "top_k_weights"]
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
 
 
@@ -28,9 +32,10 @@ def use_writable_experts(module: Any) -> tuple[Limitation, ...]:
     """
     if not hasattr(module, "set_experts_implementation"):
         return ()
+    loops = _with_every_expert(module)
     stacked = [weight for part in module.modules() if _is_mixture(part) for weight in _stacked(part)]
-    if not stacked:
-        return ()
+    if loops or not stacked:
+        return loops
     try:
         module.set_experts_implementation(WRITABLE)
     except ValueError:  # the class has no other form than its own
@@ -56,3 +61,83 @@ def _is_mixture(part: torch.nn.Module) -> bool:
 def _stacked(part: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the weights of a module that hold all experts, [experts, out, in]."""
     return [weight for weight in part.parameters(recurse=False) if weight.ndim == STACKED]
+
+
+def _with_every_expert(module: Any) -> tuple[Limitation, ...]:
+    """Let classes that loop over the chosen experts, as DBRX does, compute all of them; return what that costs.
+
+    Which experts a text needs is known at run time alone, so no graph can hold such a loop.
+    """
+    counts = []
+    for part in module.modules():
+        count = next((each for name in COUNTS if isinstance(each := getattr(part, name, None), int)), 0)
+        if count and _loops(part):
+            part.forward = partial(_every_expert, part, count)
+            counts.append(count)
+    if not counts:
+        return ()
+    reason = f"its class loops over those that were chosen, so an engine computes all {max(counts)} for every token"
+    return (Limitation("mixture of experts", reason),)
+
+
+def _loops(part: torch.nn.Module) -> bool:
+    """Return whether a module is a mixture of experts without the other forms, with which transformers wraps others."""
+    forward = type(part).forward
+    routed = list(inspect.signature(part.forward).parameters) == ROUTED
+    return _is_mixture(part) and routed and not hasattr(forward, "__wrapped__")
+
+
+def _every_expert(
+    part: torch.nn.Module,
+    count: int,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Return what the forward of a class does, by calling it once with all tokens for each expert.
+
+    Args:
+        part: the experts.
+        count: their number.
+        hidden_states: [..., width].
+        top_k_index: the experts of each token, [tokens, chosen].
+        top_k_weights: their weights.
+    """
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    found, ones = torch.zeros_like(flat), torch.ones_like(top_k_weights[:, :1])
+    for number in range(count):
+        weights = (top_k_weights * (top_k_index == number)).sum(-1, keepdim=True)
+        with _OneExpert(number):
+            own = type(part).forward(part, flat, torch.full_like(top_k_index[:, :1], number), ones)
+        found = found + own.reshape(flat.shape) * weights
+    return found.reshape(hidden_states.shape)
+
+
+class _Number(int):
+    """The number of an expert, where a class expects a tensor with it."""
+
+    def item(self) -> int:
+        """Return the number."""
+        return int(self)
+
+    def __getitem__(self, _: Any) -> int:
+        """Return the number."""
+        return int(self)
+
+
+class _OneExpert(TorchFunctionMode):
+    """Answers which experts were chosen by one number, and which tokens chose it by all of them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.nonzero:
+            return [_Number(self.number)]
+        if func is torch.where and len(args) == 1:
+            tokens = torch.arange(args[0].shape[-1])
+            return torch.zeros_like(tokens), tokens
+        return func(*args, **({} if kwargs is None else kwargs))

@@ -72,7 +72,15 @@ def why_not(graph: Graph, model: Model) -> str | None:
         return "the maximum number of tokens of the model is unknown"
     if _ends(model.module) is None:
         return "the model names no end token"
-    return None
+    return _different_heads(model.module)
+
+
+def _different_heads(module: Any) -> str | None:
+    """Return that the layers of a model differ in their heads, as a clause; None if they do not."""
+    try:
+        return None if module.config.get_text_config().num_attention_heads else "the model names no heads"
+    except Exception:  # transformers 5.24 raises an error of its own where layers differ
+        return "its layers differ in their number of heads"
 
 
 def content(engine: str, model: Model, graph: Graph, *, shared: bool) -> dict[str, Any]:

@@ -7,6 +7,8 @@ inputs ``past_key_values.N.key`` and ``.value`` and the outputs ``present.N.key`
 A layer with a short convolution in place of attention, as in LFM2, keeps the last inputs of its convolution: the input
 ``past_conv.N`` and the output ``present_conv.N``, [batch, channels, kernel], as transformers.js names them. Before the
 first token they are zero, as the padding of the convolution is.
+
+A layer that reads the keys and values of an earlier one, as the last layers of Gemma 3n do, has no inputs or outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from compressor.limitations import Limitation
@@ -49,9 +51,15 @@ class Convolution:
     kernel: int
 
 
+@dataclass(frozen=True)
+class NoState:
+    """A layer that keeps nothing: it reads the keys and values of an earlier one, or has no attention."""
+
+
 # Number of heads and head dimension of the keys and of the values.
 KeysAndValues = tuple[tuple[int, int], tuple[int, int]]
-State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # of a layer: that of a convolution, or keys and values
+# State of a layer: that of a convolution, or keys and values.
+State = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | NoState
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,14 @@ class Causal:
         derived_inputs: inputs that are derived from them: the position ids.
         sizes: number of heads and head dimension of the keys and of the values of each layer. They differ where the
             cache holds a compressed form of both, as in DeepSeek-V2's latent attention (Liu et al. 2024). For a layer
-            with a convolution, its channels and its kernel.
+            with a convolution, its channels and its kernel; some layers have none.
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
     """
 
     token_inputs: tuple[str, ...]
     derived_inputs: tuple[str, ...]
-    sizes: tuple[KeysAndValues | Convolution, ...]
+    sizes: tuple[KeysAndValues | Convolution | NoState, ...]
     argument: str
     entry: str
 
@@ -91,7 +99,7 @@ class Causal:
         for layer, size in enumerate(self.sizes):
             if isinstance(size, Convolution):
                 names[f"present_conv.{layer}"] = f"past_conv.{layer}"
-            else:
+            elif not isinstance(size, NoState):
                 names |= {f"present.{layer}.{part}": f"past_key_values.{layer}.{part}" for part in ("key", "value")}
         return names
 
@@ -139,7 +147,7 @@ class Causal:
         for layer, size in zip(output_entry(output, self.entry).layers, self.sizes, strict=True):
             if isinstance(size, Convolution):
                 present.append(layer.conv_states[0][..., -size.kernel :])
-            else:
+            elif not isinstance(size, NoState):
                 present += [layer.keys, layer.values]
         return (output_entry(output, "logits"), *present)
 
@@ -163,7 +171,7 @@ class Causal:
         for size in self.sizes:
             if isinstance(size, Convolution):
                 shapes.append((rows, size.channels, size.kernel))
-            else:
+            elif not isinstance(size, NoState):
                 shapes += [(rows, heads, tokens, width) for heads, width in size]
         return dict(zip(self.state.values(), shapes, strict=True))
 
@@ -171,14 +179,24 @@ class Causal:
         """Yield the state of each layer from the inputs of the cache."""
         parts = iter(past)
         for size in self.sizes:
-            yield next(parts) if isinstance(size, Convolution) else (next(parts), next(parts))
+            if isinstance(size, NoState):
+                yield size
+            else:
+                yield next(parts) if isinstance(size, Convolution) else (next(parts), next(parts))
 
 
 def _cache(layers: Iterator[State]) -> DynamicCache:
     """Return a cache with the given state of each layer."""
     cache = DynamicCache()
-    cache.layers = [_convolution(each) if isinstance(each, torch.Tensor) else filled_layer(*each) for each in layers]
+    cache.layers = list(map(_layer, layers))
     return cache
+
+
+def _layer(state: State) -> Any:
+    """Return the cache layer of a state."""
+    if isinstance(state, NoState):
+        return cache_utils.DummyLayer()
+    return _convolution(state) if isinstance(state, torch.Tensor) else filled_layer(*state)
 
 
 def _convolution(state: torch.Tensor) -> LinearAttentionLayer:
@@ -259,8 +277,8 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
     with calling(module):
         try:
             entry, layers = _initial_cache(module)
-            argument = _argument(module, entry, layers)
             takes_positions = computes_with(module, text(), "position_ids", torch.arange(TOKENS)[None])
+            argument = _argument(module, entry, layers, takes_positions)
         except NoCacheError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -271,8 +289,10 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
     return Causal(data_inputs, derived, sizes, argument, entry)
 
 
-def _size(state: State) -> KeysAndValues | Convolution:
+def _size(state: State) -> KeysAndValues | Convolution | NoState:
     """Return the sizes of the state of a layer."""
+    if isinstance(state, NoState):
+        return state
     if isinstance(state, torch.Tensor):
         return Convolution(state.shape[1], state.shape[2])
     keys, values = state
@@ -309,6 +329,9 @@ def _states(cache: Any) -> list[State]:
     """
     layers: list[State] = []
     for number, layer in enumerate(cache.layers):
+        if isinstance(layer, getattr(cache_utils, "DummyLayer", ())):  # transformers 5.24 makes them
+            layers.append(NoState())
+            continue
         if isinstance(layer, LinearAttentionLayer):
             layers.append(_of_convolution(layer, number))
             continue
@@ -327,7 +350,7 @@ def _states(cache: Any) -> list[State]:
         layers.append((keys, values))
     if not layers:
         raise NoCacheError("its cache has no layers")
-    if all(isinstance(state, torch.Tensor) for state in layers):
+    if not any(isinstance(state, tuple) for state in layers):
         raise NoCacheError("no layer of its cache has keys and values")
     return layers
 
@@ -340,8 +363,9 @@ def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     pairs = []
     for number, state in enumerate(_states(cache)):
-        if isinstance(state, torch.Tensor):
-            raise NoCacheError(f"layer {number} of its cache has the state of a convolution, not keys and values")
+        if not isinstance(state, tuple):
+            kept = "the state of a convolution" if isinstance(state, torch.Tensor) else "no state"
+            raise NoCacheError(f"layer {number} of its cache has {kept}, not keys and values")
         pairs.append(state)
     return pairs
 
@@ -361,7 +385,7 @@ def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
     return states[0]
 
 
-def _argument(module: Any, entry: str, layers: list[State]) -> str:
+def _argument(module: Any, entry: str, layers: list[State], takes_positions: bool) -> str:
     """Return the keyword argument for the cache: the one for which the returned cache is longer by the new token.
 
     Raises:
@@ -371,14 +395,14 @@ def _argument(module: Any, entry: str, layers: list[State]) -> str:
     names, refusals = tuple(dict.fromkeys((entry, *CACHE_NAMES))), []
     for name in names:
         try:
-            output = _continued(module, name, layers, 1)
+            output = _continued(module, name, layers, 1, takes_positions)
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
         if _tokens(_states(output_entry(output, entry))) != TOKENS + 1:
             continue
         try:
-            _continued(module, name, layers, 2)
+            _continued(module, name, layers, 2, takes_positions)
         except Exception as error:  # any error of the model's own code
             raise NoCacheError(f"with a cache it takes no more than one token ({first_line(error)})") from error
         return name
@@ -386,13 +410,18 @@ def _argument(module: Any, entry: str, layers: list[State]) -> str:
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")
 
 
-def _continued(module: Any, argument: str, layers: list[State], tokens: int) -> Any:
-    """Return what a module gives for some tokens behind a cache."""
+def _continued(module: Any, argument: str, layers: list[State], tokens: int, takes_positions: bool) -> Any:
+    """Return what a module gives for some tokens behind a cache, at their positions if it takes these.
+
+    Without positions, the thinker of Qwen2.5-Omni computes those of all tokens so far.
+    """
     mask = torch.ones(1, TOKENS + tokens, dtype=torch.int64)
     inputs = text(tokens) | {"attention_mask": mask}
+    if takes_positions:
+        inputs["position_ids"] = torch.arange(TOKENS, TOKENS + tokens)[None]
     return module(**inputs, **{argument: _cache(iter(layers))}, use_cache=True)
 
 
 def _tokens(layers: list[State]) -> int:
     """Return the number of tokens of the keys and values."""
-    return next(int(state[0].shape[2]) for state in layers if not isinstance(state, torch.Tensor))
+    return next(int(state[0].shape[2]) for state in layers if isinstance(state, tuple))

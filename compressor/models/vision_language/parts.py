@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.models.auto import modeling_auto
@@ -13,23 +15,34 @@ from transformers.models.auto import modeling_auto
 from compressor.models.base import ModelError, first_line
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
 from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
-from compressor.models.vision_language.call import TYPES, VisionLanguage, language_of
+from compressor.models.vision_language.call import (
+    FULL,
+    MODALITIES,
+    SLIDING,
+    TYPES,
+    VisionLanguage,
+    embedded,
+    language_of,
+)
 from compressor.models.vision_language.image_features import MASK, source_of, takes_tiles
 from compressor.models.vision_language.images import Images, OneSize
 from compressor.models.vision_language.padded_images import padded_images
+from compressor.models.vision_language.padded_rows import placed_patches
 from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
 from compressor.models.vision_language.tile_grids import tile_grids
-from runtimes.base.vision_language import GRID, PIXELS, SIZES
+from runtimes.base.vision_language import GRID, PIXELS, PLACES, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
 KNOWN = {
     PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding",
 }  # fmt: skip
-ROWS = 2
+PLACEHOLDERS = ("video_token_id", "audio_token_id", "vision_start_token_id", "audio_start_token_id")
+ROWS, WINDOW = 2, 2
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
 EXPECTED = "expected a model such as LLaVA, SmolVLM, LLaVA-NeXT or Qwen2-VL"
+OWN_MODULE = "pass it as a module of your own, package.module:factory, with example inputs"
 
 
 @dataclass(frozen=True)
@@ -88,21 +101,31 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     example = pictures | _tokens(module, image_token, counts)
     types = _token_types(module, images, example, image_token)
     merge = images.merge if isinstance(images, PatchGrids) and _places_in_grids(module) else None
-    call = VisionLanguage(
-        images,
-        causal,
-        image_token,
-        bidirectional=bool(types) and not types[TYPES].any(),
-        merge=merge,
-        within_images=bool(types) and bool(types[TYPES].any()),
-    )
-    _check_same(call, module, example, types, location)
+    call = VisionLanguage(images, causal, image_token, merge=merge, embeds_itself=_embeds_itself(module, image_token))
+    call = _same(_with_masks(call, types), module, example, types, location)
     return Parts(call, example, counts[0])
 
 
+def _embeds_itself(module: Any, image_token: int) -> bool:
+    """Return whether a class does not look up the tokens of its config, such as those around an image, in its table.
+
+    Its blocks may also add embeddings of the tokens.
+    """
+    table = module.get_input_embeddings()
+    stated = [each for name, each in vars(module.config).items() if name.endswith(("_token_id", "_token_index"))]
+    known = {each for each in stated if isinstance(each, int) and 0 <= each < table.weight.shape[0]}
+    ids = torch.tensor([[0, *sorted(known - {image_token})]])
+    try:
+        with torch.inference_mode():
+            found, *layers = embedded(module, ids)
+            return bool(layers) or not torch.allclose(found, table(ids))
+    except Exception:  # modules raise errors of all kinds; they are called with embeddings anyway
+        return False
+
+
 def _refused(module: Any, location: str, reason: str) -> ModelError:
-    other = f", or {TEXTS_ALONE}" if reads_texts_alone(module) else ""
-    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}{other}.")
+    other = TEXTS_ALONE if reads_texts_alone(module) else OWN_MODULE
+    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}, or {other}.")
 
 
 def _images(module: Any, location: str, others: Sequence[str]) -> Images:
@@ -111,7 +134,11 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     Raises:
         ModelError: it is none that is known.
     """
-    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {(GRID,): patch_grids, (SIZES,): _sized}
+    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {
+        (GRID,): patch_grids,
+        (SIZES,): _sized,
+        (PLACES,): placed_patches,
+    }
     form = forms.get(tuple(others))
     if form is not None:
         found = form(module)
@@ -122,10 +149,20 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
         raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels")
     vision = getattr(module.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
-    if size is None:
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
+    shape = _shape_of_timm(module)
+    if shape is None:
         raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
-    height, width = (size, size) if isinstance(size, int) else size
-    return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
+    return OneSize(shape, takes_tiles(module))
+
+
+def _shape_of_timm(module: Any) -> tuple[int, int, int] | None:
+    """Return channels, height and width of the images of a vision tower that timm makes; None for other towers."""
+    facts = (getattr(part, "pretrained_cfg", None) for part in module.modules())
+    found = next((each["input_size"] for each in facts if each), None)
+    return None if found is None else (int(found[0]), int(found[1]), int(found[2]))
 
 
 def _sized(module: Any) -> Images | str:
@@ -141,6 +178,8 @@ def _places_in_grids(module: Any) -> bool:
 def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, torch.Tensor]:
     """Return two texts: a token, the placeholders of an image, and a few tokens, of which the second has less.
 
+    The first token is the one that starts an image, if the config names one: Qwen2.5-Omni counts images by it.
+
     Args:
         module: the model.
         image_token: token id of the placeholders.
@@ -151,18 +190,20 @@ def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, t
     ids = torch.randint(0, vocabulary, (ROWS, longest), generator=torch.Generator().manual_seed(0))
     reserved = _reserved(module.config, image_token)
     ids = torch.where(torch.isin(ids, reserved), _unreserved(reserved, vocabulary), ids)
-    mask = torch.ones_like(ids)
+    mask, start = torch.ones_like(ids), getattr(module.config, "vision_start_token_id", None)
     for row, count in enumerate(counts):
         ids[row, 1 : 1 + count] = image_token
+        if start not in (None, image_token):
+            ids[row, 0] = start
         mask[row, 1 + count + TEXT_TOKENS :] = 0
     mask[1, -TEXT_TOKENS // 4 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def _reserved(config: Any, image_token: int) -> torch.Tensor:
-    """Return the ids that a text of the example does not hold: the placeholders of images and videos."""
-    video = getattr(config, "video_token_id", None)
-    return torch.tensor([image_token, *([video] if isinstance(video, int) else [])])
+    """Return the ids that a text of the example does not hold: the placeholders of images, videos and sound."""
+    others = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return torch.tensor([image_token, *(each for each in others if isinstance(each, int))])
 
 
 def _unreserved(reserved: torch.Tensor, vocabulary: int) -> int:
@@ -177,52 +218,90 @@ def _token_types(
     """Return the token types with which a module reads a prompt; empty if it reads each token in order.
 
     They are zero where it reads the whole prompt at once, as PaliGemma does, and 1 at image tokens that attend to later
-    ones of their image, as in Gemma 3. The processors of both return them for a prompt.
+    ones of their image, as in Gemma 3 and Gemma 4. The processors return them for a prompt.
     """
-    if TYPES not in inspect.signature(module.forward).parameters:
-        return {}
     is_image = (example["input_ids"] == image_token).to(torch.int64)
     arguments = images.arguments(example, is_image.bool())
+    taken = inspect.signature(module.forward).parameters
+    name = next((name for name in (TYPES, MODALITIES) if name in taken and name not in arguments), None)
+    if name is None:
+        return {}
     with torch.inference_mode():
         plain, prompt, both = (
-            module(**arguments, **types).logits
-            for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
+            module(**arguments, **types).logits for types in ({}, {name: torch.zeros_like(is_image)}, {name: is_image})
         )
     if not torch.allclose(plain, prompt, atol=SAME):
-        return {TYPES: torch.zeros_like(is_image)}
+        return {name: torch.zeros_like(is_image)}
     if not torch.allclose(plain, both, atol=SAME):
-        return {TYPES: is_image}
+        return {name: is_image}
     return {}
 
 
-def _check_same(
+def _with_masks(call: VisionLanguage, types: dict[str, torch.Tensor]) -> Iterator[VisionLanguage]:
+    """Yield a call with the masks that the token types of a prompt may stand for."""
+    if not types:
+        yield call
+    elif not any(value.any() for value in types.values()):
+        yield replace(call, bidirectional=True)
+    else:
+        every = (FULL, SLIDING)
+        yield replace(call, within_images=every, beyond_window=True)
+        yield from (replace(call, within_images=layers) for layers in (every, (SLIDING,)))
+
+
+def _same(
+    calls: Iterator[VisionLanguage],
+    module: Any,
+    example: dict[str, torch.Tensor],
+    types: dict[str, torch.Tensor],
+    location: str,
+) -> VisionLanguage:
+    """Return the first of some calls whose parts compute together what the module computes.
+
+    Raises:
+        ModelError: the logits of all differ, or the module fails on its example.
+    """
+    differences = []
+    for call in calls:
+        differences.append(_difference(call, module, example, types, location))
+        if differences[-1] <= SAME:
+            return call
+    raise _refused(
+        module,
+        location,
+        f"computes other logits than its vision tower, projector and language model do one after the other (by "
+        f"{min(differences):.1e} of the largest)",
+    )
+
+
+def _narrow_window(config: Any, call: VisionLanguage) -> contextlib.AbstractContextManager[Any]:
+    """Let a sliding window be narrower than the images of the example, so that what it leaves out matters."""
+    if not call.within_images or getattr(config, "sliding_window", None) is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(config, "sliding_window", WINDOW)
+
+
+def _difference(
     call: VisionLanguage,
     module: Any,
     example: dict[str, torch.Tensor],
     types: dict[str, torch.Tensor],
     location: str,
-) -> None:
-    """Check that the parts compute together what the module computes.
+) -> float:
+    """Return the largest difference between the logits of a call and of its module, relative to the largest.
 
     Raises:
-        ModelError: the logits differ, or the module fails on its example.
+        ModelError: one of them fails.
     """
     tokens = example["input_ids"].shape[1]
     empty = call.complete({name: value.numpy() for name, value in example.items()})
     feeds = [torch.from_numpy(empty[name]) for name in call.inputs]
     arguments = call.images.arguments(example, example["input_ids"] == call.image_token)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _narrow_window(module.config.get_text_config(), call):
             expected = module(**arguments, **types).logits
             found = call.call(module, *feeds)[0]
     except Exception as error:  # modules raise errors of all kinds
         raise _refused(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error
     kept = example["attention_mask"].bool()
-    difference = float((found - expected)[kept].abs().max() / expected[kept].abs().max().clamp(min=1e-12))
-    if not difference <= SAME:
-        raise _refused(
-            module,
-            location,
-            f"computes other logits than its vision tower, projector and language model do one after the other (by "
-            f"{difference:.1e} of the largest)",
-        )
+    return float((found - expected)[kept].abs().max() / expected[kept].abs().max().clamp(min=1e-12))

@@ -42,7 +42,7 @@ def check_counts(config: Any, location: str) -> None:
     """
     for part in _parts(config):
         for name in (*DEPTHS, *SIZES, *SIDES):
-            for value in _integers(part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)):
+            for value in _integers(_stated(part, name)):
                 most = MOST_LAYERS if name in DEPTHS else LONGEST_SIDE if name in SIDES else None
                 if value < 1 or (most is not None and value > most):
                     expected = "at least 1" if most is None else f"1 to {most:,}"
@@ -106,6 +106,16 @@ def _parts(config: Any) -> Iterator[Any]:
     yield config
     values = config.values() if isinstance(config, Mapping) else vars(config).values()
     yield from (value for value in values if hasattr(value, "to_dict"))
+
+
+def _stated(part: Any, name: str) -> Any:
+    """Return a field of a config, or that of each layer if they differ; None if it has none."""
+    if isinstance(part, Mapping):
+        return part.get(name)
+    try:
+        return getattr(part, name, None)
+    except Exception:  # transformers 5.24 raises an error of its own where layers differ
+        return [getattr(layer, name, None) for layer in part.per_layer_config]
 
 
 def _integers(value: Any) -> Iterator[int]:

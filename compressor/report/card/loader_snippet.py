@@ -6,7 +6,8 @@ vLLM if it lacks single branches. A GGUF file is opened by llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from runtimes.base.vision_language import (
     IMAGE_TOKEN,
     MERGE,
     PIXELS,
+    PLACES,
     POSITIONS,
     READS_IDS,
     SIZES,
@@ -244,11 +246,12 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         enclosing=enclosing if len(enclosing) == len(ENCLOSING) else [],
         merge=facts.get(MERGE),
         axes=timed.get(POSITIONS, ())[2:] == [AXES],
-        patches=arrays[PIXELS][0],
+        patches=arrays[PIXELS][0 if MERGE in facts else 1],
         grid_input=grid_input(config.get("model_type", "")),
         indices=indices,
         reads_ids=READS_IDS in facts,
         sizes=SIZES in timed,
+        columns=_columns(timed, content["generation"]["images"]),
         queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),
     )
@@ -268,8 +271,8 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             "The decoder reads `input_ids` too: they tell which tokens are of an image and attend to later ones of it. "
             "transformers.js does not pass them on."
         )
-    elif SIZES in timed:
-        remarks.append("transformers.js has no class that passes `image_sizes` to the vision encoder.")
+    elif layout := [name for name in (SIZES, PLACES) if name in timed]:
+        remarks.append(f"transformers.js has no class that passes `{layout[0]}` to the vision encoder.")
     elif runtime == "onnxruntime" and config.get("model_type") in JAVASCRIPT:
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     elif runtime == "onnxruntime":
@@ -290,6 +293,14 @@ def _other_rules(folder: Path) -> Iterator[str]:
     if names:
         also = f"`generate` of transformers also follows {names} of `generation_config.json`"
         yield f"{also}, so it can answer otherwise."
+
+
+def _columns(timed: Mapping[str, Sequence[int]], image_tokens: int) -> int:
+    """Return the columns of an image of as many patches as the timed one, a line of image tokens; 0 without places."""
+    if PLACES not in timed:
+        return 0
+    patches = timed[PIXELS][1]
+    return patches // math.isqrt(patches // image_tokens)
 
 
 def _of_optimum(content: Json) -> str:

@@ -21,7 +21,7 @@ from compressor.limitations import Limitation
 from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import special_kind
-from runtimes.base.vision_language import SIZES
+from runtimes.base.vision_language import PLACES, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +163,7 @@ class _Prompts:
         return labels
 
     def _fill(self, name: str) -> int:
-        return self.preprocess.padding if name == "input_ids" else 0
+        return {"input_ids": self.preprocess.padding, PLACES: -1}.get(name, 0)
 
     def _prepared(self, index: int) -> Feeds:
         """Return the inputs of one sample without the axis of rows.

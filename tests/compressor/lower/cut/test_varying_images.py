@@ -25,7 +25,9 @@ from tests.vision_language_models import without
 ONE = BuildOptions(threads=1)
 NEW = 8
 SLOW = pytest.param("qwen2_5_vl", marks=pytest.mark.slow)
-OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_5_vl", "glm4v", "hyperclovax")]
+OTHERS = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_5_vl", "glm4v", "hyperclovax", "gemma4_vision")
+]
 
 
 @functools.cache
@@ -67,7 +69,7 @@ def check_generation(kind, dropped, vision, target="onnxruntime"):
     assert len(different) > 2, "images and texts do not matter, so the test shows nothing"
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "llava_next", "qwen3_vl", "mistral3", *OTHERS])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava_next", "qwen3_vl", "mistral3", "gemma4", *OTHERS])
 def test_generation_without_a_branch_of_the_vision_tower_and_an_attention_of_the_language_model(kind, shared):
     check_generation(kind, DROPPED[kind], files(kind, DROPPED[kind], shared))
 

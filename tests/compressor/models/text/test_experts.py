@@ -77,3 +77,40 @@ def test_a_model_without_experts_is_left_as_it_is():
     module = transformers.LlamaForCausalLM(config)
     assert use_writable_experts(module) == ()
     assert use_writable_experts(torch.nn.Linear(2, 2)) == ()
+
+
+LOOPING = {
+    "Dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64,
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "LongcatFlash": {
+        "hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "vocab_size": 64, "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPING)
+def test_classes_that_loop_over_the_chosen_experts_compute_all(name, tmp_path):
+    """LongCat-Flash also has experts that hand out their input."""
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**LOOPING[name]))
+    for parameter in module.eval().parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    module.save_pretrained(tmp_path / "model")
+    model = models.load(tmp_path / "model", cache=False)
+    count = {"Dbrx": 4, "LongcatFlash": 6}[name]
+    (limitation,) = (each for each in model.limitations if each.feature == "mixture of experts")
+    assert limitation.reason.endswith(f"so an engine computes all {count} for every token")
+    path = lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
+    ids = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = module(ids, use_cache=False).logits.numpy()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((3, 11), np.int64)}
+    (logits,) = session.run(["logits"], {each.name: feeds[each.name] for each in session.get_inputs()})
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)

@@ -73,6 +73,16 @@ DECODERS = {
     | {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20}
     | {"intermediate_size": 48, "first_k_dense_replace": 2, "head_dim": 8},  # keys and values differ in width
 }
+# The last two layers read the keys and values of the two before them; each layer adds embeddings of its own.
+TWICE = NARROW | {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2, "sliding_window": WINDOW,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+SHARING = {
+    "Gemma3nTextConfig": TWICE
+    | {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 8},
+    "Gemma4TextConfig sharing": TWICE | {"global_head_dim": 16},
+}
 SLOW = tuple(name for name in tuple(DECODERS)[6:] if name != "DeepseekV3Config")
 WRITTEN = ("LlamaConfig", "Gemma2Config")  # written as ONNX in the usual run too
 each_decoder = pytest.mark.parametrize(
@@ -84,7 +94,7 @@ each_decoder = pytest.mark.parametrize(
 def small(name):
     """Return the module, its call with a cache, the model description, its graph and its sites."""
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**DECODERS[name])
+    config = getattr(transformers, name.split()[0])(**(DECODERS | SHARING)[name])
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
     causal_lm = detect_cache(module, ("input_ids", "attention_mask"))
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
@@ -259,6 +269,19 @@ def test_layers_of_different_widths_keep_their_names(tmp_path):
     assert fork.state == {f"present.1.{part}": f"past_key_values.1.{part}" for part in ("key", "value")}
     with silent(module, site):
         assert_same_generation(opened(fork, model, tmp_path / "pruned.onnx"), module, causal_lm)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_read_the_keys_of_an_earlier_one_have_no_cache(name, tmp_path):
+    module, causal_lm, model, graph, _ = small(name)
+    pasts = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert list(causal_lm.state.values()) == pasts
+    ids = random_ids(3, 11, seed=1)
+    with torch.inference_mode():
+        expected = module(input_ids=ids, use_cache=False).logits
+    for first in (1, 6):
+        torch.testing.assert_close(two_calls(graph, ids, first)[0], expected, atol=CLOSE, rtol=0)
+    assert_same_generation(opened(graph, model, tmp_path / "model.onnx"), module, causal_lm)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "Gemma2Config", "GPT2Config", "OPTConfig", "FalconConfig"])

@@ -12,7 +12,7 @@ from compressor.errors import SettingsError
 from compressor.internals.transformers import quiet
 from compressor.lower.trace import trace
 from compressor.models import ModelError
-from compressor.models.vision_language.call import merge
+from compressor.models.vision_language.call import embedded, merge
 from compressor.models.vision_language.image_features import image_features
 from compressor.models.vision_language.parts import parts_of
 from passes.base import apply
@@ -21,7 +21,7 @@ from passes.graph.cache_state import bytes_per_token
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from tests import varying_images
-from tests.vision_language_models import DROPPED, KINDS, TILED, TOKEN, build, config, saved
+from tests.vision_language_models import DROPPED, KINDS, TILED, TOKEN, build, build_from, config, saved
 
 CLOSE = 1e-5  # relative; sums in another order
 OTHERS = tuple(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])
@@ -114,6 +114,100 @@ def test_features_are_placed_as_transformers_does():
     features, text = torch.randn(2, 2, 5), torch.randn(2, 4, 5)
     is_image = ids == TOKEN
     assert torch.equal(merge(features, text, is_image), text.masked_scatter(is_image[..., None], features))
+
+
+@pytest.mark.parametrize(("kind", "own"), [("gemma4_vision", True), ("qwen2_vl", False)])
+def test_classes_that_look_placeholders_up_as_padding_embed_a_text_themselves(kind, own):
+    """A generated text may hold the placeholder of a video, which Gemma 4 looks up as padding."""
+    module = varying_images.build(kind)
+    assert parts_of(module, "m", cache=True).call.embeds_itself == own
+    found, *_ = embedded(module, torch.tensor([[5, varying_images.TOKEN]]))
+    padding = module.config.get_text_config().pad_token_id
+    wanted = torch.tensor([[5, padding if own else varying_images.TOKEN]])
+    assert torch.equal(found, module.get_input_embeddings()(wanted))
+
+
+def thinker():
+    """The thinker of Qwen2.5-Omni, which counts images by the tokens that start them, and takes sound besides."""
+    text = {
+        "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 4, "patch_size": 4,
+        "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    audio = {
+        "encoder_layers": 1, "d_model": 32, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "output_dim": 32,
+    }  # fmt: skip
+    names = ("audio", "image", "video")
+    tokens = {f"{name}_token_index": 40 + number for number, name in enumerate(names)}
+    tokens |= {"audio_start_token_id": 43, "audio_end_token_id": 44, "vision_start_token_id": 45, "user_token_id": 3}
+    return transformers.Qwen2_5OmniThinkerConfig(
+        text_config=text, vision_config=vision, audio_config=audio, vision_end_token_id=46, **tokens
+    )
+
+
+def test_the_thinker_of_qwen2_5_omni_has_a_cache_and_positions_on_three_axes():
+    call = parts_of(build_from(thinker()), "m", cache=True).call
+    assert call.merge == 2
+    assert call.causal.derived_inputs == ("position_ids",)
+    assert len(call.causal.sizes) == 2
+
+
+def test_a_class_that_joins_models_is_refused_by_the_name_of_one(tmp_path):
+    name = "Qwen2_5OmniForConditionalGeneration"
+    transformers.Qwen2_5OmniConfig(architectures=[name]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=f"is a {name}, which joins models and has no forward of its own; save one"
+    ) as found:
+        models.load(str(tmp_path))
+    assert "such as Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(" in str(found.value)
+    (tmp_path / "bark").mkdir()
+    transformers.BarkConfig(architectures=["BarkModel"]).save_pretrained(tmp_path / "bark")
+    with pytest.raises(ModelError, match="has no forward of its own; pass a part of it as a module of your own"):
+        models.load(str(tmp_path / "bark"))
+
+
+def test_a_tower_of_timm_tells_the_size_of_its_images():
+    vision = {
+        "model_type": "timm_wrapper", "architecture": "fastvit_mci0", "do_pooling": True, "global_pool": "avg",
+        "hidden_size": 1024,
+        "model_args": {"inference_mode": True, "pretrained_cfg_overlay": {"input_size": [3, 64, 64]}},
+    }  # fmt: skip
+    text = config("llava").text_config.to_dict() | {"model_type": "qwen2"}
+    found = transformers.FastVlmConfig(text_config=text, vision_config=vision, image_token_index=TOKEN)
+    images = parts_of(build_from(found), "m", cache=True).call.images
+    assert (images.shape, images.each) == ((3, 64, 64), 4)
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_patches_without_a_vision_tower_are_image_tokens(window):
+    text = varying_images.config("gemma4_vision").text_config.to_dict()
+    text |= {"model_type": "gemma4_unified_text", "sliding_window": window}
+    vision = {
+        "patch_size": 2,
+        "pooling_kernel_size": 2,
+        "mm_embed_dim": 32,
+        "mm_posemb_size": 64,
+        "output_proj_dims": 32,
+    }
+    found = transformers.Gemma4UnifiedConfig(
+        text_config=text, vision_config=vision, audio_config=None, image_token_id=TOKEN, video_token_id=TOKEN + 1,
+        audio_token_id=TOKEN + 2, tie_word_embeddings=False,
+    )  # fmt: skip
+    call = parts_of(build_from(found), "m", cache=True).call
+    assert (call.images.values, call.images.merge) == (48, 1)
+    assert call.beyond_window
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_a_window_keeps_tokens_of_gemma3_from_others_of_their_image(window):
+    """It is told apart from Gemma 4 Unified whether the image of the example is larger than the window or not."""
+    found = config("gemma3")
+    found.vision_config.image_size, found.mm_tokens_per_image, found.text_config.sliding_window = 16, 16, window
+    call = parts_of(build_from(found), "m", cache=True).call
+    assert (call.within_images, call.beyond_window) == (("full_attention", "sliding_attention"), False)
 
 
 def without_newline():

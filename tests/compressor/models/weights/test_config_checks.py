@@ -19,7 +19,7 @@ from compressor.errors import DataError
 from compressor.models import ModelError, load
 from compressor.models.preprocess import Preprocess
 from compressor.models.weights import config_checks
-from compressor.models.weights.config_checks import check_parameters
+from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.search.planner import ChoiceError, _replay
 from compressor.workspace.special_files import special_kind
 
@@ -202,3 +202,12 @@ def test_a_model_folder_with_a_fifo_is_refused(tmp_path, name):
 def test_files_folders_and_missing_paths_are_not_special(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     assert [special_kind(path) for path in (tmp_path, tmp_path / "link", tmp_path / "no")] == [None] * 3
+
+
+def test_counts_that_differ_between_layers_are_all_checked():
+    differing = {1: {"intermediate_size": 48}}
+    check_counts(transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 2}, per_layer_config=differing), "m")
+    differing = {1: {"intermediate_size": -4}}
+    wrong = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 2}, per_layer_config=differing)
+    with pytest.raises(ModelError, match="sets intermediate_size to -4; expected at least 1"):
+        check_counts(wrong, "m")
