@@ -91,7 +91,7 @@ def wrap(loaded: Loaded) -> Model | None:
         ModelError: a size of images is asked for.
     """
     module = loaded.module
-    found = None if getattr(module.config, "is_encoder_decoder", False) else _found(module)
+    found = None if _decodes_tokens(module) else _found(module)
     if found is None:
         return None
     forms, outputs = found
@@ -122,6 +122,12 @@ def wrap(loaded: Loaded) -> Model | None:
         save=partial(_save, module, _preprocessors(loaded, names)),
         limitations=tuple(_limitations(module, names, outputs, fixed)),
     )
+
+
+def _decodes_tokens(module: Any) -> bool:
+    """Return whether a module is an encoder-decoder of tokens; detectors such as Grounding DINO decode queries."""
+    decodes = "decoder_input_ids" in inspect.signature(module.forward).parameters
+    return decodes and getattr(module.config, "is_encoder_decoder", False)
 
 
 def _preprocessors(loaded: Loaded, names: Sequence[str]) -> tuple[Any, ...]:

@@ -124,3 +124,10 @@ def test_a_feature_extractor_is_not_read_as_an_image_processor(tmp_path):
     assert {"input_ids", "input_features"} <= set(model.inputs)
     model.save(tmp_path)
     assert (tmp_path / "preprocessor_config.json").is_file()
+
+
+def test_a_decoder_of_queries_is_no_encoder_decoder_of_texts(tmp_path):
+    """The configs of DETR and Grounding DINO say is_encoder_decoder, but their decoders take no tokens."""
+    name, config, fields = CASES["boxes beside words"]
+    model = models.load(save_model(tmp_path, name, config, **fields, is_encoder_decoder=True))
+    assert {"input_ids", "bbox"} <= set(model.inputs)
