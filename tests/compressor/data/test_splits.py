@@ -707,10 +707,11 @@ def test_a_hub_dataset_of_texts(hub: Callable[[FakeDataset], list[Any]]) -> None
         "label": feature("ClassLabel"),
     }
     requests = hub(FakeDataset(columns, features))
-    for spec in ("nobody/texts", "nobody/texts:large", "nobody/texts:train", "nobody/texts:large:test"):
-        data = load(spec, language(), task="text-classification", revision="v1")
+    read = {"": "validation", ":large": "validation", ":train": "train", ":large:test": "test"}
+    for part, split in read.items():
+        data = load(f"nobody/texts{part}", language(), task="text-classification", revision="v1")
         assert texts_of(data) == {"0": (("good",), 1), "1": (("bad",), 0), "2": (("fine",), 1)}
-        assert data.reading.startswith("hub dataset (split 'validation'): ")  # by which the card names the data set
+        assert data.reading.startswith(f"hub dataset (split {split!r}): ")  # by which the card names the data set
     parts_requested = [(None, "validation"), ("large", "validation"), (None, "train"), ("large", "test")]
     assert requests == [("nobody/texts", config, split, "v1") for config, split in parts_requested]
 
