@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CACHED: type = type(functools.lru_cache(int))
 # Their caches hold no tensors of a model, and some keep objects that must exist once.
-OTHERS = frozenset({"sympy", "torch", "triton"})
+OTHERS = frozenset({"compressor", "passes", "runtimes", "sympy", "torch", "triton"})
 
 
 @contextlib.contextmanager
