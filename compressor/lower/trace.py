@@ -91,7 +91,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     try:
         with (
             suppress_output(),
-            forget_results(),
+            forget_results(model.module),
             torch.no_grad(),
             as_operators(model.module),
             _symbolic_lengths(model.module),

@@ -98,7 +98,7 @@ def refusal(call: Call, module: Any, channels: int, size: Size) -> str | None:
     # Errors of a model have no common base: shapes raise RuntimeError, AssertionError, ValueError and others.
     try:
         copied = copy_sharing_tensors(module)
-        with forget_results(), torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with forget_results(module), torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             call(copied, mode.from_tensor(pixels))
     except Exception:
         try:

@@ -34,7 +34,6 @@ from compressor.models.vision_language.padded_rows import padded_rows
 from compressor.models.weights.config_checks import check_counts, check_parameters, damaged_labels
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
-from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
 
 GENERATION = "text-generation"
@@ -269,7 +268,7 @@ def _texts_alone(architecture: str, config: Any) -> str | None:
     It is called with shapes alone.
     """
     try:
-        with forget_results(), FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
             reads = reads_texts_alone(with_random_weights(_named(architecture), config))
     except Exception:  # modules raise errors of all kinds
         return None

@@ -4,33 +4,69 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
 CACHED: type = type(functools.lru_cache(int))
-# Their caches hold no tensors of a model, and some keep objects that must exist once.
-OTHERS = frozenset({"compressor", "passes", "runtimes", "sympy", "torch", "triton"})
+# Packages of many models or of none: of these, only the files that define a part of the module are searched.
+LARGE = frozenset({"builtins", "compressor", "passes", "timm", "torch", "transformers"})
 
 
 @contextlib.contextmanager
-def forget_results() -> Iterator[None]:
-    """Clear the caches of functions that computed something inside the block, such as a table of positions.
+def forget_results(module: torch.nn.Module) -> Iterator[None]:
+    """Clear the caches in the files of a module whose functions computed something inside the block.
 
-    Under `FakeTensorMode`, and while a model is traced, such a function returns a tensor without elements, which a
-    later call with the same arguments would get in place of values. RT-DETR keeps its positions so.
+    Under `FakeTensorMode`, and while a model is traced, a function such as one for a table of positions returns a
+    tensor without elements, which a later call with the same arguments would get in place of values. RT-DETR keeps its
+    positions so.
+
+    Args:
+        module: the model. Functions are found in the files of its classes, and in the other files of their package.
     """
-    before = {function: function.cache_info().misses for function in _cached_functions()}
+    before = {function: function.cache_info().misses for function in _cached_functions(module)}
     try:
         yield
     finally:
-        for function in _cached_functions():
+        for function in _cached_functions(module):
             if function.cache_info().misses != before.get(function, 0):
                 function.cache_clear()
 
 
-def _cached_functions() -> list[Any]:
-    found: list[Any] = [each for each in gc.get_objects() if type(each) is CACHED]
-    return [each for each in found if str(getattr(each, "__module__", "")).split(".")[0] not in OTHERS]
+def _cached_functions(module: torch.nn.Module) -> set[Any]:
+    classes = {base for part in module.modules() for base in type(part).__mro__}
+    names = {kind.__module__ for kind in classes}
+    packages = {name.split(".")[0] for name in names} - LARGE
+    names = {name for name in names if name.split(".")[0] != "torch"}
+    names |= {name for name in list(sys.modules) if name.split(".")[0] in packages}
+    return {found for name in names for found in _in_namespace(vars(sys.modules[name]) if name in sys.modules else {})}
+
+
+def _in_namespace(namespace: dict[str, Any]) -> Iterator[Any]:
+    """Yield the cached functions of a file and of its classes."""
+    for value in list(namespace.values()):
+        yield from _of_value(value)
+        if isinstance(value, type) and value.__module__ == namespace.get("__name__"):
+            for attribute in list(vars(value).values()):
+                yield from _of_value(attribute)
+
+
+def _of_value(value: Any) -> Iterator[Any]:
+    """Yield a cached function, also one that a method or a wrapper, such as that of transformers, calls."""
+    function = getattr(value, "__func__", value)  # of static methods and class methods
+    cells = getattr(function, "__closure__", None) or ()
+    for each in (function, *(cell.cell_contents for cell in cells if _is_filled(cell))):
+        if type(each) is CACHED:
+            yield each
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

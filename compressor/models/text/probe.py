@@ -41,7 +41,7 @@ def calling(module: torch.nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         if shapes_only:
-            stack.enter_context(forget_results())
+            stack.enter_context(forget_results(module))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
