@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def _in_namespace(namespace: dict[str, Any]) -> Iterator[Any]:
 
 def _of_value(value: Any) -> Iterator[Any]:
     """Yield a cached function, also one that a method or a wrapper, such as that of transformers, calls."""
-    function = getattr(value, "__func__", value)  # of static methods and class methods
-    cells = getattr(function, "__closure__", None) or ()
-    for each in (function, *(cell.cell_contents for cell in cells if _is_filled(cell))):
+    function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    cells = function.__closure__ if isinstance(function, FunctionType) else None
+    for each in (function, *(cell.cell_contents for cell in cells or () if _is_filled(cell))):
         if type(each) is CACHED:
             yield each
 
