@@ -19,6 +19,7 @@ from compressor.limitations import Limitation
 from compressor.models import Model
 from compressor.models.base import most_tokens
 from passes.torch_internals import guards, holds
+from runtimes.base.encoder_decoder import DECODER_IDS
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 # Sizes at which a condition is evaluated: one that holds for all of them restricts nothing. torch.export takes batches
@@ -98,7 +99,8 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
         ]
         feeds[name] = torch.empty(shape, device="meta")
     caches = [name for name in model.state.values() if name in feeds and len(model.dynamic_axes[name]) > 1]
-    if caches and "attention_mask" in feeds and not model.is_encoder_decoder:  # there it belongs to the encoder
+    of_decoder = DECODER_IDS not in feeds  # the mask of an encoder-decoder is that of the encoder
+    if caches and "attention_mask" in feeds and of_decoder:
         (axis,) = (axis for axis in model.dynamic_axes[caches[0]] if axis != 0)
         length = feeds[caches[0]].shape[axis] + feeds["input_ids"].shape[1]
         feeds["attention_mask"] = torch.empty((len(feeds["attention_mask"]), length), device="meta")
