@@ -207,7 +207,7 @@ def test_what_a_module_needs_besides_is_taken_or_named(tmp_path, monkeypatch):
     folder = saved(transformers.SegGptModel(config), tmp_path / "m")
     assert models.load(folder).inputs == ("pixel_values", "prompt_pixel_values", "prompt_masks")
     monkeypatch.setattr(several_inputs, "TRIALS", 0)
-    with pytest.raises(ModelError, match=r"SegGptModel does not compute features .*'prompt_pixel_values'.*own"):
+    with pytest.raises(ModelError, match=r"SegGptModel takes prompt_pixel_values and prompt_masks beside .*own"):
         models.load(folder)
 
 
