@@ -10,10 +10,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from compressor.limitations import Limitation
+from passes.execute.offloaded_weights import is_offloaded
 
 WRITABLE = "batched_mm"  # the one form of transformers without a loop over the experts and without grouped_mm
 STACKED = 3  # axes of the weights of all experts together
 COUNTS = ("total_experts", "num_experts")  # of a class, with experts that compute nothing
+PROBED, SAME = 5, 1e-4  # tokens of the comparison with a class; of the largest value, as sums have another order
 ROUTED = ["hidden_states", "top_k_index", "top_k_weights"]
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
 
@@ -66,12 +68,13 @@ def _stacked(part: torch.nn.Module) -> list[torch.nn.Parameter]:
 def _with_every_expert(module: Any) -> tuple[Limitation, ...]:
     """Let classes that loop over the chosen experts, as DBRX does, compute all of them; return what that costs.
 
-    Which experts a text needs is known at run time alone, so no graph can hold such a loop.
+    Which experts a text needs is known at run time alone, so no graph can hold such a loop. A class whose loop computes
+    something else is left alone; it cannot be traced, which is refused.
     """
-    counts = []
+    counts, width = [], module.get_input_embeddings().weight.shape[1]
     for part in module.modules():
         count = next((each for name in COUNTS if isinstance(each := getattr(part, name, None), int)), 0)
-        if count and _loops(part):
+        if count and _loops(part) and _computes_the_same(part, count, width):
             part.forward = partial(_every_expert, part, count)
             counts.append(count)
     if not counts:
@@ -111,6 +114,25 @@ def _every_expert(
             own = type(part).forward(part, flat, torch.full_like(top_k_index[:, :1], number), ones)
         found = found + own.reshape(flat.shape) * weights
     return found.reshape(hidden_states.shape)
+
+
+def _computes_the_same(part: torch.nn.Module, count: int, width: int) -> bool:
+    """Return whether `_every_expert` gives what the class does for a few random tokens [tokens, width].
+
+    Weights that stay on disk are not read for it.
+    """
+    if any(map(is_offloaded, part.parameters())):
+        return True
+    seeded = torch.Generator().manual_seed(0)
+    states = torch.randn(PROBED, width, generator=seeded)
+    weights, chosen = torch.rand(PROBED, count, generator=seeded).topk(min(2, count))
+    try:
+        with torch.no_grad():
+            expected = type(part).forward(part, states, chosen, weights).reshape(states.shape)
+            found = _every_expert(part, count, states, chosen, weights)
+        return bool((found - expected).abs().max() <= SAME * expected.abs().max())
+    except Exception:  # modules raise errors of all kinds
+        return False
 
 
 class _Number(int):
