@@ -39,12 +39,14 @@ def forget_results(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _cached_functions(module: torch.nn.Module) -> set[Any]:
-    classes = {base for part in module.modules() for base in type(part).__mro__}
-    names = {kind.__module__ for kind in classes}
-    packages = {name.split(".")[0] for name in names} - LARGE
-    names = {name for name in names if name.split(".")[0] != "torch"}
-    names |= {name for name in list(sys.modules) if name.split(".")[0] in packages}
-    return {found for name in names for found in _in_namespace(vars(sys.modules[name]) if name in sys.modules else {})}
+    defining = {base.__module__ for part in module.modules() for base in type(part).__mro__}
+    packages = {name.split(".")[0] for name in defining} - LARGE
+    files = [
+        file
+        for name, file in list(sys.modules.items())
+        if (name in defining and not name.startswith("torch.")) or name.split(".")[0] in packages
+    ]
+    return {found for file in files for found in _in_namespace(getattr(file, "__dict__", {}))}
 
 
 def _in_namespace(namespace: dict[str, Any]) -> Iterator[Any]:

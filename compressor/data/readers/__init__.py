@@ -59,7 +59,7 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
-    if is_stored(path) and preprocess.kind in ("image", "text"):
+    if preprocess.kind in ("image", "text") and is_stored(path):
         return read_stored(path, spec, preprocess, task, seed)
     if preprocess.kind == "image-text":
         return read_prompts(path, spec, preprocess)

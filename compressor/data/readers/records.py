@@ -18,7 +18,7 @@ from compressor.data.readers.token_targets import IGNORED, answer_spans, spans_o
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
-from runtimes.base.json_text import JSON, OBJECT, JsonTextError, parse
+from runtimes.base.json_text import OBJECT, JsonTextError, parse
 
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags", "label")
@@ -84,8 +84,7 @@ def read_json(path: Path, name: str, preprocess: Preprocess, task: str, seed: in
     """
     text = text_of(path, name)
     try:
-        content = parse(text, JSON)
-        records = parse(text, RECORDS) if isinstance(content, list) else parse(text, DATA)["data"]
+        records = parse(text, RECORDS) if text.lstrip().startswith("[") else parse(text, DATA)["data"]
     except JsonTextError as error:
         raise DataError(
             f"{name} is no list of JSON objects ({error}); expected one for each sample, or .jsonl with one per line"

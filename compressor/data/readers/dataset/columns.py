@@ -22,7 +22,7 @@ from compressor.models.preprocess import Preprocess
 def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
     """Read the samples of a `datasets.Dataset`, according to the types of its columns."""
     if len(dataset) == 0:
-        raise DataError(f"{name} contains no rows; pass another split as owner/name:split")
+        raise DataError(f"{name} contains no rows; pass another split, of the hub as owner/name:split")
     if preprocess.kind == "image":
         return _image_samples(dataset, name, preprocess)
     if task in ("token-classification", "question-answering") or (
@@ -126,7 +126,8 @@ def _class_numbers(
     values = dataset.select_columns([label]).with_format(None)[:][label]
     if any(value is None or value == "" or (not isinstance(value, str) and value < 0) for value in values):
         raise DataError(
-            f"{name} has rows without a label in the column {label!r}; pass another split as owner/name:split"
+            f"{name} has rows without a label in the column {label!r}; pass another split, of the hub as "
+            "owner/name:split"
         )
     if isinstance(values[0], str | bool):
         names, labels = np.unique([str(value).strip() for value in values], return_inverse=True)

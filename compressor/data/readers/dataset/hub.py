@@ -9,8 +9,9 @@ from typing import Any
 from compressor.choices import HUB_READING
 from compressor.data.readers.base import Samples
 from compressor.data.readers.dataset.columns import dataset_samples
-from compressor.data.readers.dataset.library import datasets_library, described, first_line, preferred_split
+from compressor.data.readers.dataset.library import datasets_library, described, preferred_split
 from compressor.errors import DataError
+from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")

@@ -50,8 +50,3 @@ def described(samples: Samples, source: str, split: str | None) -> Samples:
     """Return samples whose reading also states the kind of source and the split."""
     part = "" if split is None else f" (split {split!r})"
     return replace(samples, reading=f"{source}{part}: {samples.reading}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of the message of an error, or its type without one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

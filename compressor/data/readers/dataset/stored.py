@@ -10,9 +10,10 @@ from typing import Any
 from compressor.data.class_folders import visible_files
 from compressor.data.readers.base import Samples
 from compressor.data.readers.dataset.columns import dataset_samples
-from compressor.data.readers.dataset.library import SPLITS, datasets_library, described, first_line, preferred_split
+from compressor.data.readers.dataset.library import SPLITS, datasets_library, described, preferred_split
 from compressor.data.readers.images import FILES as IMAGES
 from compressor.errors import DataError
+from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 
 PARQUET = ".parquet"
@@ -58,7 +59,9 @@ def read_stored(path: Path, name: str, preprocess: Preprocess, task: str, seed: 
                 dataset = dataset[split]
     except Exception as error:  # the library raises its own errors and those of pyarrow and the file system
         raise DataError(f"the data set {name} cannot be read ({first_line(error)}); check the files") from error
-    plain = _with_images(library, dataset.with_format(None))
+    plain = dataset.with_format(None)
+    if preprocess.kind == "image":
+        plain = _with_images(library, plain)
     return described(dataset_samples(plain, name, preprocess, task, seed), "data set", split)
 
 
