@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +51,33 @@ def read_stored(path: Path, name: str, preprocess: Preprocess, task: str, seed: 
     """
     library = datasets_library(f"{name} holds a data set; to read it")
     split, files = (None, [path]) if path.is_file() else _of_one_split(path, name)
-    try:
-        if files:
-            dataset = library.Dataset.from_parquet(list(map(str, files)))
-        else:
-            dataset = library.load_from_disk(str(path))
-            if isinstance(dataset, dict):
-                split = preferred_split(dataset)
-                dataset = dataset[split]
-    except Exception as error:  # the library raises its own errors and those of pyarrow and the file system
-        raise DataError(f"the data set {name} cannot be read ({first_line(error)}); check the files") from error
+    with _reading(name):
+        filled = _with_rows(files)
+    if files and not filled:
+        raise DataError(f"{name} contains no rows; pass another file or folder")
+    with _reading(name):
+        dataset = library.Dataset.from_parquet(list(map(str, filled))) if files else library.load_from_disk(str(path))
+    if isinstance(dataset, dict):
+        split = preferred_split(dataset)
+        dataset = dataset[split]
     plain = dataset.with_format(None)
     if preprocess.kind == "image":
         plain = _with_images(library, plain)
     return described(dataset_samples(plain, name, preprocess, task, seed), "data set", split)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises its own errors and those of pyarrow and the file system
+        raise DataError(f"the data set {name} cannot be read ({first_line(error)}); check the files") from error
+
+
+def _with_rows(files: Sequence[Path]) -> list[Path]:
+    """Return the Parquet files with rows; datasets 5.2 fails on those without."""
+    parquet = importlib.import_module("pyarrow.parquet")
+    return [file for file in files if parquet.read_metadata(file).num_rows]
 
 
 def _of_one_split(folder: Path, name: str) -> tuple[str | None, list[Path]]:

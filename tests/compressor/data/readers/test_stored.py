@@ -135,6 +135,16 @@ def test_a_table_beside_images_is_not_read_in_their_place(tmp_path: Path) -> Non
     assert samples_of(tmp_path / "png").reading == "image folder, 6 class folders"
 
 
+def test_files_without_rows_are_left_out_and_refused_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    image_set().select(range(0)).to_parquet(folder / "test-00000-of-00002.parquet")
+    with pytest.raises(DataError, match=r"shards contains no rows"):
+        samples_of(folder)
+    image_set().to_parquet(folder / "test-00001-of-00002.parquet")
+    same(samples_of(folder), tmp_path)
+
+
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(DataError, match=r"^the data set .*broken\.parquet cannot be read \(.*\); check the files$"):
