@@ -71,10 +71,10 @@ def _with_every_expert(module: Any) -> tuple[Limitation, ...]:
     Which experts a text needs is known at run time alone, so no graph can hold such a loop. A class whose loop computes
     something else is left alone; it cannot be traced, which is refused.
     """
-    counts, width = [], module.get_input_embeddings().weight.shape[1]
+    counts = list[int]()
     for part in module.modules():
         count = next((each for name in COUNTS if isinstance(each := getattr(part, name, None), int)), 0)
-        if count and _loops(part) and _computes_the_same(part, count, width):
+        if count and _loops(part) and _computes_the_same(part, count, _width(module)):
             part.forward = partial(_every_expert, part, count)
             counts.append(count)
     if not counts:
@@ -133,6 +133,12 @@ def _computes_the_same(part: torch.nn.Module, count: int, width: int) -> bool:
         return bool((found - expected).abs().max() <= SAME * expected.abs().max())
     except Exception:  # modules raise errors of all kinds
         return False
+
+
+def _width(module: Any) -> int:
+    """Return the width of the tokens of a model; 0 if its config does not state it, so that nothing can be compared."""
+    width = getattr(module.config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) else 0
 
 
 class _Number(int):
