@@ -63,6 +63,7 @@ __all__ = [
     "make_fx",
     "may_differ",
     "new_symbolic_size",
+    "onednn_linear",
     "operators",
     "registries",
     "remove_backward_hooks",
@@ -124,6 +125,15 @@ def arguments(target: Any) -> Sequence[Any]:
     """
     schema_arguments: Sequence[Any] = target._schema.arguments
     return schema_arguments
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + b, [..., out], of float32 tensors [..., in], [out, in] and [out] in oneDNN; no gradient is kept.
+
+    `_linear_pointwise` has no public equivalent: the public functions call MKL for float32.
+    """
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes

@@ -105,6 +105,15 @@ def test_torch_has_the_private_operators(name, expected):
     assert sorted(each.name().partition(".")[0] for each in getattr(torch_internals, name)) == expected
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_onednn_computes_linear_layers():
+    from passes.torch_internals import onednn_linear
+
+    x, weight, bias = torch.ones(2, 3, 4), torch.arange(20.0).reshape(5, 4), torch.arange(5.0)
+    for offset in (bias, None):
+        torch.testing.assert_close(onednn_linear(x, weight, offset), torch.nn.functional.linear(x, weight, offset))
+
+
 def test_missing_operators_are_skipped():
     from passes.torch_internals import operators
 

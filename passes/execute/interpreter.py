@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from passes.execute.instructions import Instruction, instructions_of
+from passes.execute.linear_kernels import kernel_of
 from passes.execute.offloaded_weights import in_memory
 from passes.graph.graph import ancestors_of, attribute, live_nodes, output_values, resolve_dropped_adds
 
@@ -83,7 +84,7 @@ class Program:
             (node.args, node.kwargs), lambda source: in_memory(values[self._resolve(source)])
         )
         if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return kernel_of(node.target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return self.graph.module.get_submodule(str(node.target))(*args, **kwargs)
@@ -155,7 +156,7 @@ class InstructionProgram(Program):
         args, kwargs = node.arguments(lambda position: values[self.instructions[position]])
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        return kernel_of(node.target)(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = self.instructions, self.inputs, self.order, self.outputs, self.constants, self.last_uses
