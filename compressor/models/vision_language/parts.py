@@ -94,6 +94,10 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
         raise _refused(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
     images = images.of_length(features.shape[1])
     try:
+        module.get_input_embeddings()
+    except NotImplementedError as error:
+        raise _refused(module, location, "names no table of its token embeddings (get_input_embeddings)") from error
+    try:
         causal = detect_cache(language_of(module), ("input_ids", "attention_mask"))
     except NoCacheError as error:
         raise _refused(module, location, f"has no cache that can be detected: {error}") from error

@@ -294,6 +294,17 @@ def test_a_module_that_computes_something_else_is_refused():
         parts_of(module, "m", cache=True)
 
 
+def test_a_class_without_a_table_of_tokens_is_refused(monkeypatch):
+    module = build("llava")
+
+    def absent():
+        raise NotImplementedError("please override in the subclass")
+
+    monkeypatch.setattr(module, "get_input_embeddings", absent)
+    with pytest.raises(ModelError, match=r"names no table of its token embeddings \(get_input_embeddings\)"):
+        parts_of(module, "m", cache=True)
+
+
 def test_no_cache_is_refused(shared):
     with pytest.raises(ModelError, match=r"--no-cache is for causal language models; .*llava is a vision-language"):
         models.load(str(saved("llava", shared)), cache=False)
