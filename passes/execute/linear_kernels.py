@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-LEAST = 2**18  # multiply-adds; a call of oneDNN takes 12 us longer than one of MKL
+LEAST = 2**21  # multiply-adds; a call of oneDNN takes 12 us longer than one of MKL
 VENDOR = "AuthenticAMD"
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no fake tensors, and none of a subclass with operators of its own
 
