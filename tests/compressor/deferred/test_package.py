@@ -536,9 +536,10 @@ def test_a_speedup_goal_is_checked_on_the_device(folder):
     (folder / "report.json").write_text(json.dumps(content))
     write_manifest(folder)
     report = compressor.build(folder)
-    assert report.notes == ("A note.", *report.missed())
-    assert len(report.missed()) == 1
-    assert "is 9x faster" not in report.missed()[0]
+    (missed,) = report.missed()
+    assert report.notes[0] == "A note."
+    assert missed in report.notes  # a busy machine adds a note on its timings
+    assert not any("is 9x faster" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("fake", ["10.16.1.11", "11.4.0.106"], indirect=True)
