@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 LEAST = 2**21  # multiply-adds; a call of oneDNN takes 12 us longer than one of MKL
+WIDEST = 2**14  # channels; behind more, oneDNN divides a sum among its threads, and their number changes the result
 VENDOR = "AuthenticAMD"
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no fake tensors, and none of a subclass with operators of its own
 
@@ -75,13 +76,14 @@ KERNELS = {aten.linear.default: linear, aten.addmm.default: addmm}
 
 
 def _suits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Return whether all are float32 tensors in memory of the processor, and large enough to gain."""
+    """Return whether all are float32 tensors in memory of the processor, large enough to gain and not too wide."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if weight.ndim != 2 or x.ndim < 2 or (bias is not None and bias.ndim != 1):
         return False
     if any(type(each) not in PLAIN or each.dtype != torch.float32 or not each.is_cpu for each in tensors):
         return False
-    return x.shape[-1] == weight.shape[1] and x.numel() * weight.shape[0] >= LEAST
+    width = x.shape[-1]
+    return width == weight.shape[1] and width <= WIDEST and x.numel() * weight.shape[0] >= LEAST
 
 
 class _Linear(torch.autograd.Function):

@@ -86,6 +86,24 @@ def test_what_onednn_is_not_asked_for(calls):
     assert len(calls) == 1
 
 
+def test_the_number_of_threads_changes_no_bit(calls):
+    """On every processor, up to the widest layers; wider ones are left to torch."""
+    x, weight, offset = values((8, linear_kernels.WIDEST), (64, linear_kernels.WIDEST), (64,))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(linear(x, weight, offset))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert len(calls) == 3
+    wider, matrix = values((8, linear_kernels.WIDEST + 1), (64, linear_kernels.WIDEST + 1))
+    assert torch.equal(linear(wider, matrix), functional.linear(wider, matrix))
+    assert len(calls) == 3
+
+
 def test_addmm_is_that_of_torch(calls):
     offset, x, weight = values((90,), (5, 70), (70, 90))
     torch.testing.assert_close(addmm(offset, x, weight), torch.addmm(offset, x, weight), **CLOSE)
