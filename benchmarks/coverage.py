@@ -3,9 +3,11 @@
     python benchmarks/coverage.py [--only NAME ...] [--seconds 150]
 
 Each configuration class is reduced to a few narrow layers by the names of its fields, and saved as a checkpoint with
-random weights. It is then loaded, traced and written as `compressor export FOLDER --data random` does. The ONNX file is
-run at another batch size and another length than those of the trace, with and without padding, and its first output
-is compared with that of the transformers class. The outcomes are:
+random weights, with the default preprocessor of its class where it has one, and a small tokenizer for texts. It is
+then loaded, traced and written as `compressor export FOLDER --data FILES` does, with images, clips or texts of several
+lengths, and the first output of the ONNX file is compared with that of the transformers class on the same files.
+Without a preprocessor it is exported as with `--data random`, and run at another batch size and another length than
+those of the trace, with and without padding. The outcomes are:
 
 - passes: the file agrees with transformers; with an option, if the refusal without it names the option;
 - refused: the command ended with a sentence, which is recorded;
@@ -27,11 +29,14 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from preprocessors import Preprocessor, preprocessor_of, write_inputs
+from real_inputs import pairs_of
 from small_configs import small_fields
 
 Judge = Callable[[str, Path], dict[str, Any]]
@@ -65,15 +70,22 @@ CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
 LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
-BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
 SAMPLES, FRAMES = 6_000, 48  # of sound: a waveform and a spectrogram
+
+
+@dataclass(frozen=True)
+class Real:
+    """A preprocessor, and the files that it prepares: what `--data` takes."""
+
+    preprocessor: Preprocessor
+    data: Path
 
 
 def class_of(config: Any) -> Any:
     """Return the class that users load a configuration with: that of its first head in `HEADS`.
 
     A class of a part, such as the language model of Llama 4 alone, is left out: it is listed for the whole
-    configuration too, but cannot be built from it.
+    configuration too, but cannot be built from it. So is the decoder of an encoder-decoder alone, such as Marian's.
 
     Raises:
         ValueError: no automatic class of transformers opens it.
@@ -81,7 +93,10 @@ def class_of(config: Any) -> Any:
     from transformers.models.auto import modeling_auto
 
     parts = (getattr(config, "sub_configs", None) or {}).values()
+    joined = getattr(config, "is_encoder_decoder", False)
     for head in HEADS:
+        if joined and head == "CAUSAL_LM":
+            continue
         mapping = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING" if head else "MODEL_MAPPING")
         found = mapping.get(type(config), ())
         for each in found if isinstance(found, tuple | list) else (found,):
@@ -139,16 +154,21 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     try:
         module = small_model(model_type)
         module.save_pretrained(folder / "model")
+        preprocessor = preprocessor_of(module)
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
-    found |= _exported(module, folder, {})
+    if preprocessor is not None:
+        preprocessor = preprocessor.saved(folder / "model")
+        found["preprocessor"] = ", ".join(preprocessor.names)
+    real = None if preprocessor is None else Real(preprocessor, write_inputs(preprocessor, module.config, folder))
+    found |= _exported(module, folder, {}, real)
     options, changes, other = list[str](), dict[str, Any](), found
     while (way := _way_round(other)) is not None and way[0] not in options:
         options.append(way[0])
         changes |= way[1]
         headless = changes.get("task", GENERATION) != GENERATION
-        other = _exported(_headless(folder) if headless else module, folder, changes)
+        other = _exported(_headless(folder) if headless else module, folder, changes, real)
         if other["outcome"] == "passes":
             return {**found, **other, "option": " ".join(options)}
     return found
@@ -171,7 +191,7 @@ def _headless(folder: Path) -> Any:
     return transformers.AutoModel.from_pretrained(folder / "model").eval()
 
 
-def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
     """Load, trace and write a checkpoint as an export with some other settings does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load
@@ -179,7 +199,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
 
-    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", **changes)
+    data = "random" if real is None else str(real.data)
+    settings = Settings(model=str(folder / "model"), data=data, samples=12, drop="none", tokens="none", **changes)
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
@@ -187,6 +208,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
         return refusal(error)
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
+    if real is not None:
+        return found | {"limitations": said} | compared_with_files(module, path, subject, real)
     several = any("arrays by the names of the inputs" in each for each in said)
     names = subject.model.inputs
     if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
@@ -195,6 +218,30 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, A
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
     placeholders = placeholders_of(subject.model)
     return found | {"limitations": said} | compared(module, path, placeholders)
+
+
+def compared_with_files(module: Any, path: Path, subject: Any, real: Real) -> dict[str, Any]:
+    """Compare the file with the class of transformers on the files that were the data."""
+    found: dict[str, Any] = {"inputs": [name for name in subject.model.inputs if not name.startswith(PAST)]}
+    worst = 0.0
+    try:
+        for value, expected in pairs_of(module, path, subject, real.preprocessor, real.data):
+            worst = max(worst, _relative(module, value, expected))
+    except Exception as error:
+        return found | {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
+    found["difference"] = worst
+    if not worst <= CLOSE:
+        return found | {"outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
+    return found | {"outcome": "passes", "detail": ""}
+
+
+def _relative(module: Any, value: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference of two outputs, relative to the largest value; candidates have no order."""
+    if value.shape != expected.shape:
+        raise ValueError(f"the output has shape {value.shape}, expected {expected.shape}")
+    if type(module).__name__.endswith("ForObjectDetection"):  # a top-k has no order of equal candidates
+        value, expected = np.sort(value, 1), np.sort(expected, 1)
+    return float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
 
 
 def refusal(error: Exception) -> dict[str, Any]:
@@ -330,14 +377,10 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     expected = answer[name] if name in answer else next(iter(answer.values()))
     (value,) = session.run([name], feeds)
     expected = expected.float().numpy()
-    if value.shape != expected.shape:
-        raise ValueError(f"output {name} has shape {value.shape}, expected {expected.shape}")
     mask = feeds.get("attention_mask")
     if mask is not None and value.shape[:2] == mask.shape:
         value, expected = value[mask.astype(bool)], expected[mask.astype(bool)]
-    if type(module).__name__.endswith("ForObjectDetection"):  # a top-k has no order of equal candidates
-        value, expected = np.sort(value, 1), np.sort(expected, 1)
-    return float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
+    return _relative(module, value, expected)
 
 
 def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequence[int]) -> dict[str, np.ndarray]:
@@ -346,7 +389,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     The placeholders of an image stand before the tokens of its text.
     """
     rng = np.random.default_rng(5)
-    length = len(placeholders) + (BLOCKS if getattr(module.config, "block_size", None) else LENGTH)
+    length = len(placeholders) + LENGTH
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0

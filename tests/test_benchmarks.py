@@ -1205,8 +1205,43 @@ def test_an_architecture_is_judged_by_its_own_class(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "preprocessor", "side"),
+    [
+        ("vit", "ViTImageProcessor", 32),  # the size of its config
+        ("segformer", "SegformerImageProcessor", 160),  # whose config has none
+        ("glpn", "GLPNImageProcessor", None),  # which has no size
+    ],
+)
+def test_image_processors_have_the_size_of_the_config(tmp_path, name, preprocessor, side):
+    found = script("coverage").preprocessor_of(script("coverage").small_model(name)).saved(tmp_path)
+    assert found.names == (preprocessor,)
+    size = found.parts["image"].to_dict().get("size")
+    assert size is None if side is None else set(size.values()) == {side}
+    assert (found.side is None) == (side is not None)
+
+
+def test_texts_are_judged_by_the_tokens_of_the_config(tmp_path, monkeypatch):
+    coverage, inputs = script("coverage"), script("real_inputs")
+    module = coverage.small_model("roberta")
+    tokenizer = coverage.preprocessor_of(module).parts["text"]
+    config = module.config
+    ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == ids
+    assert tokenizer("w9 w10 nothing")["input_ids"] == [ids[0], 9, 10, tokenizer.unk_token_id, ids[1]]
+    found = coverage.judged("roberta", tmp_path / "a")
+    assert (found["outcome"], found["preprocessor"]) == ("passes", "WordLevel")
+    assert found["difference"] < 1e-5
+    called = inputs._called
+    monkeypatch.setattr(inputs, "_called", lambda *given: called(*given) + 0.01)
+    assert coverage.judged("roberta", tmp_path / "b")["outcome"] == "fault"
+    with pytest.raises(inputs.OtherInputsError, match="the tokens of 'w9' are"):
+        inputs._check_tokens(np.array([0, 8, 2]), np.ones(3, bool), "w9", tokenizer)
+
+
+@pytest.mark.parametrize(
     ("name", "own"),
     [
+        ("MarianConfig", "MarianMTModel"),  # its decoder is listed before
         ("Llama4Config", "Llama4ForConditionalGeneration"),  # a class of its language model is listed before
         ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration"),
         ("MusicgenConfig", "MusicgenForConditionalGeneration"),

@@ -22,6 +22,8 @@ from passes.torch_internals import guards, holds
 from runtimes.base.encoder_decoder import DECODER_IDS
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+_BLOCK = re.compile(r" % (\d+)\)")
+_MULTIPLE = re.compile(rf"\({_SIZE.pattern}{_BLOCK.pattern} == 0")
 # Sizes at which a condition is evaluated: one that holds for all of them restricts nothing. torch.export takes batches
 # of at least two rows.
 BATCHES = (2, 3, 4, 5, 8, 16, 32, 64, 512)
@@ -46,6 +48,23 @@ class SizeGuard:
     inputs: tuple[str, ...]
 
     @property
+    def block(self) -> int | None:
+        """Return the number of which a size has to be a multiple, or must be none; None for other conditions."""
+        found = _BLOCK.search(self.code)
+        return None if found is None else int(found[1])
+
+    @property
+    def wants_multiples(self) -> bool:
+        """Return whether it is that one size is a multiple of a block."""
+        return _MULTIPLE.fullmatch(self.code) is not None
+
+    @property
+    def sized(self) -> tuple[str, int]:
+        """Return the input and the axis of the first size that it compares."""
+        (position, axis), *_ = _SIZE.findall(self.code)
+        return self.inputs[int(position)], int(axis)
+
+    @property
     def axes(self) -> set[int]:
         """Return the axes whose sizes it compares."""
         return {int(axis) for _, axis in _SIZE.findall(self.code)}
@@ -63,7 +82,8 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
     """Return the conditions of a program that restrict sizes.
 
     That two inputs have the same size restricts nothing, and neither does the number of tokens that the model takes,
-    nor a condition that holds at all sizes of `BATCHES` and `LONGER`.
+    nor a condition that holds at all sizes of `BATCHES` and `LONGER`, and at a multiple of the block of tokens that it
+    names.
 
     Raises:
         SizeError: a condition restricts the batch, which is dynamic in every export.
@@ -80,9 +100,43 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
                 f"{model.name} branches on the batch size, and was traced only for {guard}, expected the same "
                 f"computation for every batch; {REMEDY}."
             )
-        if not all(guard.holds(_example(model, batch, more)) for batch in BATCHES for more in LONGER):
+        if not all(guard.holds(_example(model, batch, more)) for batch in BATCHES for more in _further(model, guard)):
             found.append(guard)
     return tuple(found)
+
+
+def _further(model: Model, guard: SizeGuard) -> tuple[int, ...]:
+    """Return what is added to the sizes of the example: `LONGER`, and what makes them one and two blocks more."""
+    if guard.block is None:
+        return LONGER
+    name, axis = guard.sized
+    rest = -int(model.example[name].shape[axis]) % guard.block
+    return (*LONGER, rest, rest + guard.block)
+
+
+def other_counts(model: Model, guard: SizeGuard) -> list[int]:
+    """Return the numbers of tokens of `_further` at which a condition is false, up to the most that the model takes."""
+    name, axis = guard.sized
+    tokens = int(model.example[name].shape[axis])
+    most = model.preprocess.longest
+    counts = sorted({tokens + more for more in _further(model, guard) if most is None or tokens + more <= most})
+    return [count for count in counts if not guard.holds(with_tokens(model, guard, count))]
+
+
+def with_tokens(model: Model, guard: SizeGuard, tokens: int) -> dict[str, torch.Tensor]:
+    """Return the example of a model with another number of tokens on the axis of a condition, and all of its name.
+
+    The tokens are repeated, and so is the mask.
+    """
+    name, axis = guard.sized
+    kind = model.dynamic_axes[name][axis]
+    feeds = dict(model.example)
+    for each, axes in model.dynamic_axes.items():
+        for place, other in axes.items():
+            if other == kind:
+                size = feeds[each].shape[place]
+                feeds[each] = feeds[each].index_select(place, torch.arange(tokens) % size)
+    return feeds
 
 
 def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
@@ -118,10 +172,12 @@ def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Itera
         feeds = {name: torch.from_numpy(value) for name, value in batch.feeds.items()}
         for guard in found:
             if not guard.holds(feeds):
-                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+                own = [name for name in feeds if name not in model.state.values()]
+                shapes = ", ".join(f"{name} {list(feeds[name].shape)}" for name in own)
+                padded = f"rows padded to a multiple of {guard.block}" if guard.wants_multiples else "data of one side"
                 raise SizeError(
                     f"{model.name} branches on the size of its inputs, and was traced only for {guard}, but sample "
-                    f"{batch.ids[0]} of {data.source} has {shapes}; {REMEDY}, or give data of one side."
+                    f"{batch.ids[0]} of {data.source} has {shapes}; {REMEDY}, or give {padded}."
                 )
     for guard in found:
         yield Limitation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.internals.transformers import with_names
-from compressor.lower.size_guards import SizeGuard, size_guards
+from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
 from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.base import first_line
 from compressor.models.text.probe import calling
@@ -30,7 +31,7 @@ from passes.graph.cached_functions import forget_results
 from passes.graph.graph import Graph
 from passes.rewrite.read_size import ReadSize
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
-from runtimes.base.encoder_decoder import ENCODER_HIDDEN
+from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def trace(model: Model) -> Graph:
 def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     """Trace a model with a dynamic batch (sequence, height, width) axis into a clean fx graph of ATen operators.
 
-    A graph with dynamic height and width is compared with the model at `Model.sizes`.
+    A graph with dynamic height and width is compared with the model at `Model.sizes`. A model whose attention has
+    blocks of tokens pads what is no multiple of them; it is traced where it does so, and then computes multiples too.
 
     Returns:
         The graph, and the conditions on sizes under which it holds.
@@ -85,6 +87,64 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
             another size, or has an operator that Compressor does not take (see `unsupported_operator`). The message
             names the line of code, if torch.export states it, and a remedy.
     """
+    graph, guards = _traced(model)
+    guards = _restricting(graph, model, guards)
+    blocks = [guard for guard in guards if guard.wants_multiples and _counts_tokens(model, guard)]
+    if not blocks:
+        return graph, guards
+    name, axis = blocks[0].sized
+    longer = with_tokens(model, blocks[0], model.example[name].shape[axis] + 1)
+    try:
+        padding, found = _traced(replace(model, example=longer))
+    except CompressorError:  # it takes only multiples
+        return graph, guards
+    found = _restricting(padding, model, found)
+    return (padding, found) if len(found) < len(guards) else (graph, guards)
+
+
+def _restricting(graph: Graph, model: Model, guards: tuple[SizeGuard, ...]) -> tuple[SizeGuard, ...]:
+    return tuple(guard for guard in guards if not _holds_elsewhere(graph, model, guard))
+
+
+def _counts_tokens(model: Model, guard: SizeGuard) -> bool:
+    """Return whether a condition is on the number of tokens of a text, and no cache has another number of them."""
+    name, axis = guard.sized
+    cached = bool(model.state) and DECODER_IDS not in model.inputs
+    return model.preprocess.kind == "text" and not cached and axis in model.dynamic_axes.get(name, {})
+
+
+def _holds_elsewhere(graph: Graph, model: Model, guard: SizeGuard) -> bool:
+    """Return whether a graph computes what its model does where a condition on blocks of tokens is false.
+
+    It is so for a graph of forward's padding to a multiple, which pads by nothing then.
+    """
+    if guard.block is None or guard.wants_multiples or not _counts_tokens(model, guard):
+        return False
+    return all(_same(graph, model, with_tokens(model, guard, count)) for count in other_counts(model, guard))
+
+
+def _same(graph: Graph, model: Model, feeds: dict[str, torch.Tensor]) -> bool:
+    """Return whether a graph computes what its model does, within `TOLERANCE` of the largest value of each output."""
+    with torch.inference_mode():
+        expected = model.call(model.module, *(feeds[name] for name in model.inputs))
+        try:
+            found = run(graph, feeds)
+        except RuntimeError:  # of shapes that do not fit
+            return False
+    return all(_error(value, wanted) <= TOLERANCE for value, wanted in zip(found, expected, strict=True))
+
+
+def _error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the largest difference of two outputs, relative to the largest value; infinity for other shapes."""
+    if value.shape != wanted.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    return float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
+    """Trace a model with its example inputs."""
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
@@ -165,8 +225,7 @@ def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:
         expected = model.call(model.module, *feeds.values())
         found = run(graph, feeds)
     for output, value, wanted in zip(graph.outputs, found, expected, strict=True):
-        same = value.shape == wanted.shape
-        error = float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)) if same else float("inf")
+        error = _error(value, wanted)
         if not error <= TOLERANCE:
             raise TraceError(
                 f"{model.name} with dynamic height and width differs from the model at {size[0]} x {size[1]} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from passes.torch_internals import FakeTensorMode
 
 Size = tuple[int, int]
 Call = Callable[..., tuple[torch.Tensor, ...]]
+PROPORTIONS = "proportions of the images"  # the feature of the limitation on processors that keep them
+SHAPES = ((48, 64), (64, 48), (64, 64), (96, 96))  # of images that show whether a processor gives all one size
 CONFIG_SIZE = "image size of the config"  # the feature of a limitation
 # Pixels added to a side to find further sizes; most models need a multiple of their patch or of the stride of a stage.
 STEPS = (32, 28, 16, 14, 64, 8, 4)
@@ -225,22 +227,71 @@ def pixels(processor: Any, image: Image.Image | npt.NDArray[Any]) -> npt.NDArray
 def processor_size(processor: Any, channels: int) -> Size | None:
     """Return height and width of what an image processor gives, for a square image if it depends on the image.
 
-    Return None if the processor does not give images, or fails.
+    Return None if the processor does not give images, fails, or keeps the size of a square image too.
     """
+    found = _sizes_of(processor, channels, SHAPES)
+    if found is None:
+        return None
+    size = found[0] if found[0] == found[1] else found[2]
+    return size if size == found[3] else None
+
+
+def size_kept(processor: Any, channels: int, size: Size) -> Size | None:
+    """Return the size that an image processor gives for an image of a size; None if it does not give images."""
+    found = _sizes_of(processor, channels, [size])
+    return None if found is None else found[0]
+
+
+def follows_images(processor: Any, channels: int) -> bool:
+    """Return whether the size that an image processor gives depends on that of the image, as DETR's does."""
+    found = _sizes_of(processor, channels, SHAPES)
+    return found is not None and len(set(found)) > 1
+
+
+def _sizes_of(processor: Any, channels: int, shapes: Sequence[Size]) -> list[Size] | None:
+    """Return height and width of what an image processor gives for black images of some sizes; None if it fails."""
     found = []
-    for shape in ((48, 64), (64, 48), (64, 64)):
+    for shape in shapes:
         black = np.zeros((channels, *shape), np.float32)
         image = Image.new("RGB", shape[::-1]) if channels == 3 else black
         try:
-            found.append(pixels(processor, image).shape)
-        except (KeyError, RuntimeError, TypeError, ValueError):  # reported when an image is read
+            found.append(pixels(processor, image).shape[1:])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # reported when an image is read
             return None
-    height_and_width = found[0][1:] if found[0] == found[1] else found[2][1:]
-    return (height_and_width[0], height_and_width[1]) if len(height_and_width) == 2 else None
+    return [(size[0], size[1]) for size in found if len(size) == 2] if all(len(size) == 2 for size in found) else None
+
+
+def fitted_processor(
+    processor: Any, size: Size, channels: int, name: str, *, requested: bool
+) -> tuple[Any, tuple[Limitation, ...]]:
+    """Return an image processor that gives images of the size of an export, and what has to be said about it.
+
+    One whose size follows the image is set to resize all images to that size. If its options do not set a size, as
+    those of GLPN, it stays, and takes images whose size it keeps.
+
+    Raises:
+        ModelError: the options of the image processor do not set its size, and it does not keep that of an image.
+    """
+    follows = follows_images(processor, channels)
+    if not follows:
+        own = processor_size(processor, channels)
+        return (processor if own in (None, size) else resized_processor(processor, size, channels, name)), ()
+    try:
+        fixed = resized_processor(processor, size, channels, name)
+    except ModelError:
+        if requested and size_kept(processor, channels, size) != size:
+            raise
+        reason = f"the image processor gives sizes that follow the image, and cannot be set to {text(size)} pixels"
+        remedy = "images that it does not bring to that size are refused; resize them before, or give --image-size"
+        return processor, (Limitation(PROPORTIONS, f"{reason}: {remedy}"),)
+    reason = (
+        f"the image processor keeps them, and the export takes {text(size)} pixels, to which all images are resized"
+    )
+    return fixed, (Limitation(PROPORTIONS, f"{reason}; --image-size sets others, such as those of most images"),)
 
 
 def resized_processor(processor: Any, size: Size, channels: int, name: str) -> Any:
-    """Return an image processor of the same class and options that gives images of another size.
+    """Return an image processor of the same class and options that gives all images another size.
 
     A resize before a center crop keeps its proportion to the crop.
 
@@ -250,7 +301,7 @@ def resized_processor(processor: Any, size: Size, channels: int, name: str) -> A
     options = processor.to_dict()
     for changed in _size_options(options, size):
         candidate = type(processor).from_dict({**options, **changed})
-        if processor_size(candidate, channels) == size:
+        if _sizes_of(candidate, channels, SHAPES) == [size] * len(SHAPES):
             return candidate
     raise ModelError(
         f"the image processor of {name} ({type(processor).__name__}) cannot be set to {text(size)} pixels; leave "
@@ -271,6 +322,7 @@ def _size_options(options: dict[str, Any], size: Size) -> Iterator[dict[str, Any
     if height == width and before.get("shortest_edge") is not None:
         yield {"size": {"shortest_edge": height}}
     yield {"size": exact}
+    yield {"size": exact, "do_resize": True, "keep_aspect_ratio": False}  # of the DPT family
 
 
 class _Interpolating:
@@ -327,24 +379,27 @@ def sized_model(
     Raises:
         ModelError: the model or its image processor does not take the size, or no other sizes if it is dynamic.
     """
-    prepared = None if processor is None else processor_size(processor, channels)
+    prepared = None
+    if processor is not None:
+        prepared = processor_size(processor, channels) or size_kept(processor, channels, configured)
     size = configured if prepared is None else prepared
-    if image_size is not None and image_size != DYNAMIC:
-        processor = (
-            processor if prepared in (None, image_size) else resized_processor(processor, image_size, channels, name)
-        )
-        size = image_size
+    requested = image_size is not None and image_size != DYNAMIC
+    if requested:
+        size = cast("Size", image_size)
+    fitted: tuple[Limitation, ...] = ()
+    if processor is not None:
+        processor, fitted = fitted_processor(processor, size, channels, name, requested=requested)
     calls: dict[bool, Call] = {False: call, True: partial(call_interpolating, call)}
     if image_size == DYNAMIC:
         interpolates, dynamic = _other_sizes(calls, module, channels, size, name)
     else:
         interpolates, dynamic = _interpolates(calls, module, channels, size, configured, name), ()
     sizing = Sizing(size, dynamic)
-    limits = list(sizing.limitations(channels))
+    limits = [*sizing.limitations(channels), *fitted]
     if image_size != DYNAMIC:
         limits += unused_pixels(calls[interpolates], module, channels, size)
     if size != configured:
-        limits.append(_differs(configured, size, interpolates, requested=image_size not in (None, DYNAMIC)))
+        limits.append(_differs(configured, size, interpolates, requested=requested))
     return SizedModel(sizing, calls[interpolates], processor, interpolates, tuple(limits))
 
 

@@ -105,6 +105,7 @@ class Preprocess:
         limit: number of tokens to which `text` truncates; None if it does not truncate.
         audio: converts mono clips at `rate` samples per second, each float32 [samples], to the inputs of a batch,
             padded to the longest clip; None without a feature extractor.
+        no_audio: the reason why the model's feature extractor cannot be used; empty without one, or if it can.
         rate: samples per second of the clips.
         seconds: length to which longer clips are cut.
         frames: numbers of frames of the output for clips of some numbers of samples; None if they are unknown.
@@ -153,6 +154,7 @@ class Preprocess:
     lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
     limit: int | None = None
     audio: Listen | None = None
+    no_audio: str = ""
     rate: int = 0
     seconds: float = 0.0
     frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None

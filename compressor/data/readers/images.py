@@ -169,6 +169,7 @@ def _preprocessed(preprocess: Preprocess, image: Image.Image | Array) -> Array:
     if value.shape != example.shape[1:]:
         raise DataError(
             f"the model's preprocessing gives an image as {dims(value.shape)}, but the model takes "
-            f"{dims(example.shape[1:])}; check the model's preprocessing config"
+            f"{dims(example.shape[1:])}; check the model's preprocessing config, or resize the images where it keeps "
+            "their sizes"
         )
     return value.astype(example.dtype, copy=False)

@@ -15,7 +15,7 @@ from compressor.limitations import Limitation
 from compressor.models.audio.features import MASK, Array, Features, noise
 from compressor.models.base import ModelError
 from compressor.models.config_shapes import SOUND, Call, find_shape, main_input, refusal
-from compressor.models.preprocess import Preprocess
+from compressor.models.preprocess import Kind, Preprocess
 
 SERIES = "past_values"  # the main input of models of time series
 SEQUENCE = "sequence"
@@ -35,6 +35,7 @@ class SoundInputs:
         axes: the dynamic axes of each input.
         features: the features of clips; None if the model has no feature extractor.
         limitations: what is missing or was assumed.
+        unfit: the reason why its feature extractor cannot be used; empty without one, or if it can.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class SoundInputs:
     axes: dict[str, dict[int, str]]
     features: Features | None
     limitations: tuple[Limitation, ...]
+    unfit: str = ""
 
     def preprocess(self, frames: Callable[[Sequence[int]], Array] | None) -> Preprocess:
         """Return the preprocessing of clips; `frames` counts the frames of the output, see `Preprocess`."""
@@ -49,7 +51,8 @@ class SoundInputs:
         varying = {name: tuple(axis for axis in axes if axis) for name, axes in self.axes.items()}
         found = self.features
         if found is None:
-            return Preprocess(self.names, "tensor" if SERIES in self.names else "audio", arrays, varying=varying)
+            kind: Kind = "tensor" if SERIES in self.names else "audio"
+            return Preprocess(self.names, kind, arrays, varying=varying, no_audio=self.unfit)
         return Preprocess(
             self.names,
             "audio",
@@ -80,22 +83,28 @@ def takes_sound(kind: Any) -> bool:
 
 
 def find_inputs(
-    module: Any, call: Callable[[tuple[str, ...]], Call], features: Features | None, location: str
+    module: Any,
+    call: Callable[[tuple[str, ...]], Call],
+    features: Features | None,
+    location: str,
+    extractor: Any = None,
 ) -> SoundInputs:
     """Find the inputs that a model takes, of those that its feature extractor returns.
 
     Args:
         module: a model of transformers.
         call: returns the function that calls the module with the inputs of the given names.
-        features: the features of clips; None without a feature extractor.
+        features: the features of clips; None without a feature extractor, or with one that gives another input.
         location: name of the model in messages.
+        extractor: the feature extractor, or None.
 
     Raises:
         ModelError: the model fails on every input that was tried.
     """
     main = sound_input(module)
     if features is None:
-        return _without_features(module, call, main, location)
+        unfit = "" if extractor is None else f"its {type(extractor).__name__} does not give {main}, which it takes"
+        return _without_features(module, call, main, location, unfit)
     clips = [noise(features.rate, seconds) for seconds in SECONDS]
     example = {name: torch.from_numpy(value) for name, value in features(clips).items()}
     reasons = []
@@ -151,8 +160,10 @@ def _limitations(features: Features, names: tuple[str, ...]) -> Iterator[Limitat
         yield Limitation("padding of the clips", reason)
 
 
-def _without_features(module: Any, call: Callable[[tuple[str, ...]], Call], main: str, location: str) -> SoundInputs:
-    """Return the inputs of a model without a feature extractor, by the first shape that it takes.
+def _without_features(
+    module: Any, call: Callable[[tuple[str, ...]], Call], main: str, location: str, unfit: str
+) -> SoundInputs:
+    """Return the inputs of a model without a feature extractor that fits it, by the first shape that it takes.
 
     A model that fails without a mask of the frames is called with one.
 
@@ -177,10 +188,10 @@ def _without_features(module: Any, call: Callable[[tuple[str, ...]], Call], main
             refusals.append(error)
             continue
         axes = {name: _axes(value, example[main], axis) for name, value in example.items()}
-        reason = "the model has no feature extractor, so the data must be preprocessed arrays"
+        reason = f"{unfit or 'the model has no feature extractor'}, so the data must be preprocessed arrays"
         if main == SERIES:
             reason = f"the data must be arrays {list(example[main].shape[1:])}, as the model's config has them"
-        return SoundInputs(tuple(example), example, axes, None, (Limitation("preprocessing", reason),))
+        return SoundInputs(tuple(example), example, axes, None, (Limitation("preprocessing", reason),), unfit)
     raise refusals[-1]
 
 

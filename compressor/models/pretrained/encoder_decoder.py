@@ -96,7 +96,7 @@ def _sound(loaded: Loaded, tokenizer: Any) -> _Reader:
     source = spectrogram_source(module)
     if source is None:
         features = None if extractor is None else find_features(extractor, sound_input(module))
-        found = find_inputs(module, partial(_with_targets, target_tokens(module)), features, location)
+        found = find_inputs(module, partial(_with_targets, target_tokens(module)), features, location, extractor)
         read = Source(found.example, found.axes)
         return _Reader(read, found.preprocess(None), extractor, (*language, *found.limitations))
     preprocess = sound_preprocess(module, extractor, as_numpy(source.example), location)

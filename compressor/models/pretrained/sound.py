@@ -18,7 +18,7 @@ def wrap(loaded: Loaded) -> Model:
     module, location, options = loaded.module, loaded.location, loaded.options
     extractor, tokenizer = feature_extractor(location, options), tokenizer_of(location, options)
     features = None if extractor is None else find_features(extractor, main_input(module))
-    found = find_inputs(module, lambda names: signature_of(loaded.task, names).call, features, location)
+    found = find_inputs(module, lambda names: signature_of(loaded.task, names).call, features, location, extractor)
     signature = with_own_output(signature_of(loaded.task, found.names), module, found.example)
     frames = frames_of(module, signature.call, found, signature.outputs.index(signature.answer))
     return Model(

@@ -15,6 +15,7 @@ from compressor import models
 from compressor.limitations import Limitation
 from compressor.lower.size_guards import SizeError, check_sizes, size_guards
 from compressor.lower.trace import TraceError, trace, trace_with_guards
+from passes.execute.interpreter import run
 from passes.torch_internals import holds
 from tests.decoders import saved
 from tests.samples import Tensors, traced
@@ -47,6 +48,17 @@ class LongTexts(Tokens):
 class OddTexts(Tokens):
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(x) if x.shape[1] % 4 else x
+
+
+class Blocks(Tokens):
+    """Pads to blocks of four, which the example has; takes means of them, and cuts the padding off."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[1]
+        if tokens % 4:
+            x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 4))
+        blocks = x.unflatten(1, (-1, 4))
+        return (blocks + blocks.mean(2, keepdim=True)).flatten(1, 2)[:, :tokens]
 
 
 class LargeBatches(Tokens):
@@ -92,8 +104,20 @@ def test_data_of_the_other_side_is_refused(module: type[Tokens], condition: str)
     assert str(refused.value) == (
         f"{module.__name__} branches on the size of its inputs, and was traced only for {condition}, but sample 0 of "
         "ids.npy has input_ids [1, 18]; compute both sides with tensor operators (torch.where) in forward, or give "
-        "data of one side."
+        + ("data of one side." if module is LongTexts else "rows padded to a multiple of 4.")
     )
+
+
+@pytest.mark.parametrize("tokens", [16, 18])
+def test_blocks_of_tokens_hold_for_every_text(tokens: int) -> None:
+    """The graph is traced where forward pads, whether the example does or not, and computes multiples too."""
+    example = {"input_ids": torch.ones(2, tokens, dtype=torch.long)}
+    model = models.load(Blocks(), example_inputs=example, task="text-generation", cache=False)
+    graph, guards = trace_with_guards(model)
+    assert not guards
+    for count in (1, 7, 8, 12, 33):
+        ids = torch.from_numpy(RNG.integers(0, 20, (3, count)))
+        torch.testing.assert_close(run(graph, {"input_ids": ids})[0], model.module(ids))
 
 
 def test_the_limitation_is_that_of_a_command() -> None:

@@ -13,6 +13,7 @@ from timm.data import create_transform
 
 from compressor import models
 from compressor.choices import parse_image_size
+from compressor.data import splits as data
 from compressor.errors import SettingsError
 from compressor.lower.trace import images_of, trace
 from compressor.lower.write_onnx import lower
@@ -94,6 +95,46 @@ def test_pictures_have_the_size_of_the_processor_or_the_requested_one(tmp_path, 
     model.save(out)
     again = transformers.AutoImageProcessor.from_pretrained(out)
     np.testing.assert_array_equal(again(PHOTO, return_tensors="np")["pixel_values"][0], model.preprocess.image(PHOTO))
+
+
+FOLLOWING = {
+    "detr": transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}),
+    "mask2former": transformers.Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}),
+    "dpt": transformers.DPTImageProcessor(
+        size={"height": 64, "width": 64}, keep_aspect_ratio=True, ensure_multiple_of=16
+    ),
+}
+
+
+@pytest.mark.parametrize("image_size", [None, (96, 32)])
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_all_images_get_one_size_where_the_processor_keeps_their_proportions(tmp_path, name, image_size):
+    """As detectors do; the exported folder has a processor of that size."""
+    vit(tmp_path / "m", FOLLOWING[name])
+    model = models.load(tmp_path / "m", image_size=image_size)
+    size = (64, 64) if image_size is None else image_size
+    for shape in ((40, 50), (50, 40), (200, 60)):
+        assert model.preprocess.image(Image.new("RGB", shape)).shape == (3, *size)
+    assert "to which all images are resized" in limits(model)["proportions of the images"]
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out")
+    again = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(again(PHOTO, return_tensors="np")["pixel_values"][0], model.preprocess.image(PHOTO))
+
+
+def test_a_processor_without_a_size_leaves_the_export_that_of_the_config(tmp_path):
+    """GLPN's rounds each side down to a multiple of 32, so the size of no image is that of the model."""
+    vit(tmp_path, transformers.GLPNImageProcessor())
+    model = models.load(tmp_path)
+    assert model.example["pixel_values"].shape == (2, 3, 64, 64)
+    assert "cannot be set to 64 x 64 pixels" in limits(model)["proportions of the images"]
+    assert models.load(tmp_path, image_size=(96, 64)).example["pixel_values"].shape == (2, 3, 96, 64)
+    for number, side in enumerate((70, 64, 90)):
+        Image.new("RGB", (side, 66)).save(tmp_path / f"{number}.png")
+    assert data.load(str(tmp_path), model.preprocess, task=model.task).test.ids
+    Image.new("RGB", (120, 66)).save(tmp_path / "3.png")
+    with pytest.raises(data.DataError, match="or resize the images where it keeps their sizes"):
+        data.load(str(tmp_path), model.preprocess, task=model.task)
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])

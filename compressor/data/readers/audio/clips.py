@@ -292,9 +292,10 @@ def _samples(
 
 def _clips(name: str, ids: tuple[str, ...], paths: tuple[Path, ...], preprocess: Preprocess) -> Clips:
     if preprocess.audio is None:
+        reason = preprocess.no_audio or "the model has no feature extractor"
         raise DataError(
-            f"{name} holds sound, but the model has no feature extractor; add its preprocessor_config.json, or pass "
-            "preprocessed model inputs as .npy"
+            f"{name} holds sound, but {reason}; add its own preprocessor_config.json, or pass preprocessed model "
+            "inputs as .npy"
         )
     return Clips(name, ids, paths, preprocess)
 

@@ -7,10 +7,11 @@ import torch
 import transformers
 
 from compressor import models
+from compressor.data.splits import DataError, load
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import ModelError
-from tests.sound_models import RATE, spectrogram_transformer, tone, wav2vec2
+from tests.sound_models import RATE, spectrogram_transformer, tone, tones, wav2vec2
 
 CLOSE = 1e-4  # float32 kernels of torch and ONNX Runtime
 
@@ -97,6 +98,17 @@ def test_a_damaged_feature_extractor_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"the feature extractor of .* cannot be read"):
         models.load(tmp_path)
+
+
+def test_clips_are_refused_for_an_extractor_of_another_input_by_its_name(tmp_path):
+    spectrogram_transformer(tmp_path / "model")
+    transformers.SeamlessM4TFeatureExtractor().save_pretrained(tmp_path / "model")  # input_features
+    model = models.load(tmp_path / "model")
+    assert not any("no feature extractor" in str(each) for each in model.limitations)
+    reason = "its SeamlessM4TFeatureExtractor does not give input_values, which it takes"
+    assert any(reason in str(each) for each in model.limitations)
+    with pytest.raises(DataError, match=f"{reason}; add its own preprocessor_config.json"):
+        load(str(tones(tmp_path / "tones", 1)), model.preprocess, task=model.task)
 
 
 def test_an_extractor_that_does_not_fit_is_refused(tmp_path):
