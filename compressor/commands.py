@@ -64,6 +64,7 @@ SUBJECT = (
     "max_length",
     "stride",
     "image_size",
+    "sequence_length",
     "search_samples",
     "seed",
 )

@@ -283,6 +283,14 @@ class Settings:
         unset="that of the model's preprocessing",
         metavar="SIZE",
     )
+    sequence_length: int | None = option(
+        None,
+        "Models of texts, or of sound: export for this number of tokens, or of samples or frames, alone; shorter texts "
+        "and clips are padded to it, longer ones are cut. For models that can only be traced for one length.",
+        unset="any length",
+        least=1,
+        most=MOST_TOKENS,
+    )
     workers: int | None = option(
         None,
         "Processes of Ray that run the model over the data, of one core each; the results are those of one process.",
@@ -318,6 +326,7 @@ class Settings:
             _check_memory,
             _check_image_size,
             _check_image_tokens,
+            _check_sequence_length,
         ):
             check(self)
 
@@ -566,6 +575,7 @@ def _check_memory(settings: Settings) -> None:
         f"--generate {settings.generate}": settings.generate is not None,
         "--random-weights": settings.random_weights,
         f"--image-size {settings.image_size}": settings.image_size is not None,
+        f"--sequence-length {settings.sequence_length}": settings.sequence_length is not None,
         f"--workers {settings.workers}": settings.workers is not None,
         f"--ray {settings.ray}": settings.ray is not None,
     }
@@ -593,6 +603,22 @@ def _check_image_size(settings: Settings) -> None:
         raise SettingsError(
             f"found --image-size dynamic with --target {settings.target}, {FIXED_SIZE[settings.target]}; give "
             "--image-size with numbers, or choose another --target."
+        )
+
+
+def _check_sequence_length(settings: Settings) -> None:
+    """Refuse a fixed length for targets whose files take any, and beside another length of windows."""
+    if settings.sequence_length is None:
+        return
+    if settings.target in ONLY_LEAVE_OUT:
+        raise SettingsError(
+            f"found --sequence-length with --target {settings.target}, whose files take texts of any length; leave "
+            "--sequence-length out, or choose another --target."
+        )
+    if settings.max_length is not None:
+        raise SettingsError(
+            f"found --max-length {settings.max_length} with --sequence-length {settings.sequence_length}, which is "
+            "also the length of the windows; leave --max-length out."
         )
 
 

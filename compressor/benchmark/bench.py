@@ -171,6 +171,7 @@ def _set_up(
     """Load the models and the data, and return the test bench."""
     _check_tasks(folders)
     with steps.step("load the models"):
+        settings = dataclasses.replace(settings, sequence_length=_sequence_length(settings, folders))
         image_size = _image_size(settings, folders)
         loaded = {each.name: _load_contender(each, settings, folders) for each in contenders if each.is_model}
         model = _model(settings, folders, loaded)
@@ -259,6 +260,30 @@ def _image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) ->
     return size
 
 
+def _sequence_length(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> int | None:
+    """Return the number of tokens, samples or frames that the folders take alone, or that of the settings.
+
+    Raises:
+        BenchError: the folders have different numbers, or another one than the one that is given.
+    """
+    lengths = {name: folder.sequence_length for name, folder in folders.items()}
+    if len(set(lengths.values())) > 1:
+        listing = ", ".join(f"{name} ({'any' if length is None else length})" for name, length in lengths.items())
+        raise BenchError(
+            f"the folders were exported with different values of --sequence-length: {listing}; measure folders of one "
+            "length at a time."
+        )
+    if not folders:
+        return settings.sequence_length
+    first, length = next(iter(lengths.items()))
+    if settings.sequence_length not in (None, length):
+        raise BenchError(
+            f"--sequence-length is {settings.sequence_length} and {first} takes "
+            f"{'any length' if length is None else length}; leave --sequence-length out."
+        )
+    return length
+
+
 def _load_contender(contender: Contender, settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> Model:
     """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
     return _load(contender.spec, settings, folders) if contender.folder is None else contender.folder.checkpoint()
@@ -278,6 +303,7 @@ def _load(spec: str, settings: BenchSettings, folders: Mapping[str, ExportFolder
         random_weights=settings.random_weights,
         trust_remote_code=settings.trust_remote_code,
         cache=settings.cache,
+        sequence_length=settings.sequence_length,
     )
     try:
         return load(image_size=parse_image_size(_image_size(settings, folders)))
@@ -368,6 +394,7 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         samples=settings.samples,
         max_length=exported.get("max_length") if settings.max_length is None else settings.max_length,
         image_size=settings.image_size,
+        sequence_length=settings.sequence_length,
         class_names=exported.get("class_names"),
         prompt_template=exported.get("prompt_template"),
         stride=exported.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,

@@ -67,6 +67,12 @@ class BenchSettings:
     image_size: str | int | None = like(
         Settings, "image_size", help="Image models: size of the images, as for export.", unset="as in the export"
     )
+    sequence_length: int | None = like(
+        Settings,
+        "sequence_length",
+        help="Models of texts, or of sound: the only number of tokens, samples or frames, as for export.",
+        unset="as in the export",
+    )
     tasks: tuple[str, ...] = option(
         (),
         "Language models: lm-eval tasks to evaluate, such as arc_easy,wikitext (needs pip install lm-eval).",

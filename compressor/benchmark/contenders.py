@@ -74,6 +74,12 @@ class ExportFolder:
         return DYNAMIC if self.report["settings"].get("image_size") == DYNAMIC else "x".join(map(str, size))
 
     @property
+    def sequence_length(self) -> int | None:
+        """Return the tokens, samples or frames that the export takes alone; None for any number."""
+        length = self.report["settings"].get("sequence_length")
+        return None if length is None else int(length)
+
+    @property
     def is_checkpoint(self) -> bool:
         """Return whether the folder holds a transformers checkpoint instead of an engine."""
         return self.target == TRANSFORMERS
@@ -121,6 +127,7 @@ class ExportFolder:
             "problem_type": facts.get("problem_type"),
             "cache": self.cache,
             "image_size": parse_image_size(self.image_size),
+            "sequence_length": self.sequence_length,
         }
 
     def checkpoint(self) -> Model:

@@ -131,8 +131,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             start += rows
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """Return the logits of texts, padded on the right: [rows, longest, vocabulary]."""
-        ids = np.full((len(inputs), max(map(len, inputs))), self.eot_token_id, dtype=np.int64)
+        """Return the logits of texts, padded on the right: [rows, longest or the one length, vocabulary]."""
+        width = self.model.preprocess.padded or max(map(len, inputs))
+        ids = np.full((len(inputs), width), self.eot_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, tokens in enumerate(inputs):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
@@ -143,6 +144,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate greedily with the KV cache until one of the task's stop sequences."""
+        if self.model.preprocess.padded is not None:
+            raise HarnessError(
+                f"the task generates texts, and {self.model.name} was exported with --sequence-length "
+                f"{self.model.preprocess.padded}, for texts of one length; leave it out of --tasks."
+            )
         order = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),

@@ -83,7 +83,11 @@ def resolve_window(length: int | None, stride: int | None, max_tokens: int | Non
 
 
 def window_batches(
-    texts: Iterable[tuple[int, Feeds]], window: Window, complete: Callable[[Feeds], Feeds], rows: int
+    texts: Iterable[tuple[int, Feeds]],
+    window: Window,
+    complete: Callable[[Feeds], Feeds],
+    rows: int,
+    least: int = 0,
 ) -> Iterator[WindowBatch]:
     """Yield all windows of the texts in order, in batches of at most `rows` windows and `TOKENS` tokens.
 
@@ -94,21 +98,24 @@ def window_batches(
         window: the sliding window.
         complete: adds the inputs that are derived from the tokens.
         rows: maximum number of windows in a batch.
+        least: number of tokens to which windows are padded at least.
     """
     batch: list[tuple[int, Feeds, WindowSpan]] = []
     for owner, feeds in texts:
         for cut in window.cut(len(feeds["input_ids"])):
-            longest = max([cut.end - cut.start, *(other.end - other.start for _, _, other in batch)])
+            longest = max([least, cut.end - cut.start, *(other.end - other.start for _, _, other in batch)])
             if batch and (len(batch) == rows or longest * (len(batch) + 1) > TOKENS):
-                yield _piece(batch, complete)
+                yield _piece(batch, complete, least)
                 batch = []
             batch.append((owner, feeds, cut))
     if batch:
-        yield _piece(batch, complete)
+        yield _piece(batch, complete, least)
 
 
-def _piece(batch: Sequence[tuple[int, Feeds, WindowSpan]], complete: Callable[[Feeds], Feeds]) -> WindowBatch:
-    longest = max(cut.end - cut.start for _, _, cut in batch)
+def _piece(
+    batch: Sequence[tuple[int, Feeds, WindowSpan]], complete: Callable[[Feeds], Feeds], least: int
+) -> WindowBatch:
+    longest = max(least, *(cut.end - cut.start for _, _, cut in batch))
     feeds = {
         name: np.stack([_padded(inputs[name][cut.start : cut.end], longest, name) for _, inputs, cut in batch])
         for name in batch[0][1]

@@ -92,10 +92,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """The sliding window over long texts, and the function that adds the derived inputs to a window."""
+    """The sliding window over long texts, what adds the derived inputs to a window, and its least length."""
 
     window: Window
     complete: Callable[[Feeds], Feeds]
+    least: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,8 @@ class Split:
         ids, samples = self.samples.ids, self.samples
         assert samples.whole is not None
         texts = ((index, samples.whole(index)) for index in self.indices)
-        for piece in window_batches(texts, self.windows.window, self.windows.complete, batch_size):
+        windows = self.windows
+        for piece in window_batches(texts, windows.window, windows.complete, batch_size, windows.least):
             yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
 
     def head(self, n: int) -> Split:
@@ -322,7 +324,8 @@ def load(
         DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
     """
     shares = Shares() if shares is None else shares
-    window = resolve_window(max_length, stride, preprocess.longest) if task == "text-generation" else None
+    length = max_length if preprocess.padded is None else preprocess.padded
+    window = resolve_window(length, stride, preprocess.longest) if task == "text-generation" else None
     if window is not None:
         preprocess = preprocess.limited(window.length)
     decoder = None if spec == "random" else preprocess.decoder
@@ -336,7 +339,7 @@ def load(
     window = window if samples.whole is not None else None
     if window is not None:
         samples = replace(samples, feeds=_first_windows(samples.feeds, window))
-    windows = None if window is None else Windows(window, preprocess.complete or dict)
+    windows = None if window is None else Windows(window, preprocess.complete or dict, preprocess.padded or 0)
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
     check_unknown(samples, [index for index in order if index not in faults], preprocess, spec)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest import mock
+from typing import TYPE_CHECKING
 
 import torch
 
 from compressor.errors import CompressorError
-from compressor.internals.transformers import with_names
 from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
+from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths
+from compressor.lower.symbolic.whole_numbers import whole_numbers
 from compressor.lower.unsupported_operators import unsupported_operator
+from compressor.models.audio.inputs import SEQUENCE, WAVEFORMS
 from compressor.models.base import first_line
 from compressor.models.text.probe import calling
 from compressor.models.text.recurrence import as_operators
@@ -35,14 +35,26 @@ from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from compressor.models import Model
 
+# Kinds of data that may have one length, and what becomes of others.
+KINDS = {
+    "text": "to which texts are padded and cut",
+    "audio": "to which clips are padded and cut",
+    "tensor": "which the arrays must have",
+}
 PREFIX = "model."
 _FIXED = re.compile(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)")
 
 
 class TraceError(CompressorError):
     """A model that torch.export cannot turn into a graph."""
+
+
+class OneLengthError(TraceError):
+    """A model that torch.export turns into a graph for one number of tokens, samples or frames alone."""
 
 
 class Traced(torch.nn.Module):
@@ -145,25 +157,10 @@ def _error(value: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     """Trace a model with its example inputs."""
-    wrapped = Traced(model).eval()
-    feeds = tuple(model.example[name] for name in model.inputs)
-    shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with (
-            suppress_output(),
-            forget_results(model.module),
-            torch.no_grad(),
-            as_operators(model.module),
-            _symbolic_lengths(model.module),
-            _symbolic_gathers(),
-            without_stack_traces(),
-        ):
-            program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
-            traced = program
-            if any(is_mutable(node.target) or is_higher_order(node.target) for node in program.graph.nodes):
-                program = program.run_decompositions({})
+        traced, program = _exported(model)
     except Exception as error:
-        raise TraceError(_explain(model, error)) from error
+        raise _refusal(model, error) from error
     guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     if (found := unsupported_operator(graph)) is not None:
@@ -184,34 +181,26 @@ def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     return graph, guards
 
 
-def _symbolic_lengths(module: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Have `len` of a tensor return its symbolic size in the files of a module; Python turns it into a number."""
-
-    def length(value: Any) -> Any:
-        return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else len(value)
-
-    return with_names(module, {"len": length})
-
-
-@contextlib.contextmanager
-def _symbolic_gathers() -> Iterator[None]:
-    """Have torch.take_along_dim keep symbolic sizes; its own code turns all of them into numbers."""
+def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
+    """Return the program of a model as torch.export traces it, and the same without operators that change tensors."""
+    wrapped = Traced(model).eval()
+    feeds = tuple(model.example[name] for name in model.inputs)
+    shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
+    one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
     with (
-        mock.patch.object(torch, "take_along_dim", _taken),
-        mock.patch.object(torch.Tensor, "take_along_dim", _taken),
+        suppress_output(),
+        forget_results(model.module),
+        torch.no_grad(),
+        as_operators(model.module),
+        symbolic_lengths(model.module),
+        symbolic_gathers(),
+        whole_numbers(model.module) if one_length else contextlib.nullcontext(),
+        without_stack_traces(),
     ):
-        yield
-
-
-def _taken(values: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Return what torch.take_along_dim does, by a gather."""
-    if dim is None:
-        values, indices, dim = values.flatten(), indices.flatten(), 0
-    axis = dim % values.ndim
-    pairs = zip(values.shape, indices.shape, strict=True)
-    sizes = [left if str(right) == "1" else right for left, right in pairs]  # a comparison would fix a size
-    parts = [each.expand(*sizes[:axis], each.shape[axis], *sizes[axis + 1 :]) for each in (values, indices)]
-    return parts[0].gather(axis, parts[1])
+        traced = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
+        if any(is_mutable(node.target) or is_higher_order(node.target) for node in traced.graph.nodes):
+            return traced, traced.run_decompositions({})
+        return traced, traced
 
 
 def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:
@@ -243,6 +232,42 @@ def images_of(model: Model, size: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 def _dynamic(axes: dict[int, str]) -> dict[int, object]:
     return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+
+
+def _refusal(model: Model, error: Exception) -> TraceError:
+    """Return the error for a model that torch.export refuses; it names ``--sequence-length`` if that helps."""
+    one = _of_one_length(model)
+    if one is None or _failure(model) is not None:
+        return TraceError(_explain(model, error))
+    try:
+        trace_with_guards(one)
+    except CompressorError:
+        return TraceError(_explain(model, error))
+    unit, kind = _unit(model), KINDS[model.preprocess.kind]
+    option = "--no-cache --sequence-length N" if model.task == "text-generation" else "--sequence-length N"
+    return OneLengthError(
+        f"{model.name} could not be traced by torch.export for any number of {unit} "
+        f"({_reason(model, str(error)) or type(error).__name__}); pass {option} to export it for N {unit} alone, "
+        f"{kind}."
+    )
+
+
+def _of_one_length(model: Model) -> Model | None:
+    """Return a model of texts or of sound for the length of its example alone; None for others."""
+    varies = any(name == SEQUENCE for axes in model.dynamic_axes.values() for name in axes.values())
+    alone = model.preprocess.kind in KINDS and not model.state
+    if not varies or model.source != "transformers" or not alone:
+        return None
+    axes = model.dynamic_axes.items()
+    fixed = {name: {axis: each for axis, each in found.items() if each != SEQUENCE} for name, found in axes}
+    return replace(model, dynamic_axes=fixed)
+
+
+def _unit(model: Model) -> str:
+    """Return what the axis of time of a model of texts or of sound counts."""
+    if model.preprocess.kind != "audio":
+        return "tokens"
+    return "samples" if model.inputs[0] == WAVEFORMS else "frames"
 
 
 def _explain(model: Model, error: Exception) -> str:

@@ -24,7 +24,7 @@ from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.probabilities import with_logits
 from compressor.lower.self_parity import TracedGraphError, check_self_parity
 from compressor.lower.size_guards import check_sizes
-from compressor.lower.trace import trace_with_guards
+from compressor.lower.trace import OneLengthError, trace_with_guards
 from compressor.models import Model
 from compressor.models.base import RECOMPUTES, UndetectedCacheError, first_line
 from compressor.models.vision_language.image_token_stages import with_indices, with_state
@@ -111,9 +111,14 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "outputs": list(model.outputs),
         "id2label": None if model.class_names is None else model.class_names.id2label(),
         **_image_facts(model),
-        **({"text_length": model.preprocess.padded} if model.has_two_towers else {}),
+        **({"text_length": model.preprocess.padded} if _pads_texts(model) else {}),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
+
+
+def _pads_texts(model: Model) -> bool:
+    """Return whether the report states to how many tokens texts are padded, None for the longest of a batch."""
+    return model.has_two_towers or (model.preprocess.kind == "text" and model.preprocess.padded is not None)
 
 
 def _image_facts(model: Model) -> dict[str, Any]:
@@ -229,10 +234,16 @@ def _load_model(settings: Settings) -> Model:
             on_disk=settings.max_memory is not None,
             cache=settings.cache,
             image_size=settings.pixels,
+            sequence_length=settings.sequence_length,
         )
     except UndetectedCacheError as error:
         try:
             trace_with_guards(error.uncached)
+        except OneLengthError as without:
+            raise SubjectError(
+                f"the KV cache of {error.uncached.name} could not be detected ({error.reason}), and without one, "
+                f"{without}"
+            ) from without
         except CompressorError as without:
             raise SubjectError(
                 f"the KV cache of {error.uncached.name} could not be detected ({error.reason}), and --no-cache does "

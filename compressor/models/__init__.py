@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.choices import TASKS, ImageSize
-from compressor.models.base import Model, ModelError, NoImageSizeError, load_error_reason, no_language_model
+from compressor.models.base import (
+    Model,
+    ModelError,
+    NoImageSizeError,
+    NoSequenceLengthError,
+    load_error_reason,
+    no_language_model,
+)
 from compressor.models.problem_type import with_problem_type
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 from compressor.workspace.manifest import LOADED
@@ -52,6 +59,7 @@ def load(
     cache: bool = True,
     problem_type: str | None = None,
     image_size: ImageSize = None,
+    sequence_length: int | None = None,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
@@ -68,6 +76,7 @@ def load(
         cache: trace a causal language model with its KV cache; it is an error if none is detected.
         problem_type: one of `PROBLEM_TYPES` for image and text classifiers; by default that of the config.
         image_size: height and width of the images, or ``dynamic``; by default those of the model's preprocessing.
+        sequence_length: number of tokens of every text, or of samples or frames of every clip; by default any.
 
     Raises:
         ModelError: the model, task or problem type is unknown, a file cannot be read, or weights are missing or not
@@ -94,11 +103,18 @@ def load(
             trust_remote_code=trust_remote_code,
             cache=cache,
             **({"image_size": image_size} if source in ("timm", "transformers") else {}),
+            **({"sequence_length": sequence_length} if source == "transformers" else {}),
         )
     if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
         raise NoImageSizeError(
             f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
             f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
+        )
+    if sequence_length is not None and model.preprocess.padded != sequence_length:
+        raise NoSequenceLengthError(
+            f"--sequence-length is for models of transformers that take texts alone or sound alone; {model.name} is a "
+            f"model of {model.source} for {model.task}: leave --sequence-length out"
+            f"{', its example inputs and its code set the length' * (model.source == 'module')}."
         )
     _check_finite(model)
     if not cache and model.task != "text-generation":

@@ -42,6 +42,10 @@ class NoImageSizeError(ModelError):
     """A size of images for a model that takes none."""
 
 
+class NoSequenceLengthError(ModelError):
+    """A number of tokens or samples for a model that takes neither texts nor sound of any length."""
+
+
 @dataclass(frozen=True)
 class EvaluatedOutput:
     """The output of a model that quality is measured on.

@@ -114,7 +114,8 @@ class Preprocess:
         clip: number of frames of a clip.
         varying: axes of each input, besides the first, whose sizes vary from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
-        padded: number of tokens to which every text is padded; None for the longest text of the batch.
+        padded: number of tokens to which every text is padded, or of samples or frames to which every clip is padded
+            and cut; None for the longest of the batch.
         template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
             no texts.
         image_text: converts an image and its text to the inputs of one row; None without a processor.

@@ -99,12 +99,13 @@ def load(
     cache: bool = True,
     on_disk: bool = False,
     image_size: ImageSize = None,
+    sequence_length: int | None = None,
 ) -> Model:
     """Load a transformers model with the head that its config names, or with the head for `task`.
 
     With `on_disk`, the weights stay in their files, see `compressor.models.weights.lazy_weights`. Without `cache`, a
     language model is traced without its KV cache. An image model takes images of `image_size`, by default those of its
-    image processor.
+    image processor. A model of texts or of sound takes those of `sequence_length` alone, by default of any length.
 
     Raises:
         ModelError: config or weights cannot be read, the architecture needs code from the repository, its head is not
@@ -147,6 +148,7 @@ def load(
             missing,
             cache,
             image_size,
+            sequence_length,
         )
         model = wrap(loaded)
         dtypes = {} if random_weights else _dtypes(module, location, revision)

@@ -93,6 +93,7 @@ class BenchSettings(TypedDict):
     image_tokens: NotRequired[Text]
     max_length: NotRequired[Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None]
     stride: NotRequired[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None]
+    sequence_length: NotRequired[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None]
 
 
 @with_config(_KEPT)

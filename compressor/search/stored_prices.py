@@ -24,7 +24,8 @@ UNIT = "ms"
 REMEDY = "it is no report.json or sweep.json of this release, so leave out --prices"
 # Settings that the time of an engine depends on.
 COMPARED = (
-    *("target", "precision", "device", "threads", "batch", "generate", "image_size", "max_length", "cache"),
+    *("target", "precision", "device", "threads", "batch", "generate", "cache"),
+    *("image_size", "sequence_length", "max_length"),
     "defer_build",  # ONNX Runtime on the CPU is timed in place of the target
 )
 # Packages whose release the time of an engine depends on.

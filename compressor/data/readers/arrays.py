@@ -252,6 +252,10 @@ def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> d
             raise DataError(
                 f"{name} holds {dims(array.shape)} for {key}; expected {dims(first.shape)} as for the token ids"
             )
+    if preprocess.padded not in (None, first.shape[1]):
+        raise DataError(
+            f"{name} holds rows of {first.shape[1]} tokens; expected {preprocess.padded}, as --sequence-length has"
+        )
     if int(first.min()) < 0:
         raise DataError(
             f"{name} holds the token id {int(first.min())}; expected ids from 0; remove or replace the padding"

@@ -7,7 +7,7 @@ follows that of the clip, and after how many seconds it cuts a clip off.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Features:
         padded: options of a call with clips of several lengths.
         axes: the axis of each input whose size follows the length of the clips; empty for features of one length.
         seconds: length to which longer clips are cut.
+        fixed: samples or frames to which every clip is padded, or cut; None for the longest clip of a batch.
     """
 
     extractor: Any
@@ -40,6 +41,7 @@ class Features:
     padded: Mapping[str, Any]
     axes: Mapping[str, int]
     seconds: float
+    fixed: int | None = None
 
     def __call__(self, clips: Sequence[Array]) -> dict[str, Array]:
         """Return the inputs of a batch of clips, each float32 [samples]; shorter clips are padded as the model's are.
@@ -49,12 +51,26 @@ class Features:
         """
         cut = [clip[: round(self.seconds * self.rate)] for clip in clips] if self.axes else list(clips)
         values = _extracted(self.extractor, cut, self.rate, self.padded)
-        return {name: _of_model(name, values[name]) for name in self.inputs}
+        arrays = {name: _of_model(name, values[name]) for name in self.inputs}
+        return arrays if self.fixed is None else {name: self._of_one_length(name, arrays[name]) for name in arrays}
+
+    def _of_one_length(self, name: str, values: Array) -> Array:
+        """Return an array of which the axis of time is padded behind, as the extractor pads, or cut."""
+        assert self.fixed is not None
+        axis = self.axes[name]
+        values = values.take(range(min(self.fixed, values.shape[axis])), axis)
+        missing = [(0, self.fixed - size if each == axis else 0) for each, size in enumerate(values.shape)]
+        fill = 0 if name.endswith(MASK) else getattr(self.extractor, "padding_value", 0.0)
+        return np.pad(values, missing, constant_values=fill)
+
+    def of_one_length(self, length: int, *, samples: bool) -> Features:
+        """Return the features of clips of one length, in `samples` or in frames."""
+        return replace(self, fixed=length, seconds=length / self.rate if samples else self.seconds)
 
     def only(self, inputs: Sequence[str]) -> Features:
         """Return the features without the inputs that the model does not take."""
         axes = {name: axis for name, axis in self.axes.items() if name in inputs}
-        return Features(self.extractor, self.rate, tuple(inputs), self.padded, axes, self.seconds)
+        return replace(self, inputs=tuple(inputs), axes=axes)
 
 
 def find_features(extractor: Any, main: str) -> Features | None:

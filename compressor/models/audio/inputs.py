@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from compressor.models.config_shapes import SOUND, Call, find_shape, main_input,
 from compressor.models.preprocess import Kind, Preprocess
 
 SERIES = "past_values"  # the main input of models of time series
+WAVEFORMS = "input_values"
 SEQUENCE = "sequence"
 SECONDS = (1.0, 0.75)  # lengths of the two clips of the example
 WAVEFORM = 2  # axes of a batch of waveforms
@@ -36,6 +37,7 @@ class SoundInputs:
         features: the features of clips; None if the model has no feature extractor.
         limitations: what is missing or was assumed.
         unfit: the reason why its feature extractor cannot be used; empty without one, or if it can.
+        fixed: samples or frames of every clip; None for any.
     """
 
     names: tuple[str, ...]
@@ -44,6 +46,7 @@ class SoundInputs:
     features: Features | None
     limitations: tuple[Limitation, ...]
     unfit: str = ""
+    fixed: int | None = None
 
     def preprocess(self, frames: Callable[[Sequence[int]], Array] | None) -> Preprocess:
         """Return the preprocessing of clips; `frames` counts the frames of the output, see `Preprocess`."""
@@ -52,7 +55,7 @@ class SoundInputs:
         found = self.features
         if found is None:
             kind: Kind = "tensor" if SERIES in self.names else "audio"
-            return Preprocess(self.names, kind, arrays, varying=varying, no_audio=self.unfit)
+            return Preprocess(self.names, kind, arrays, varying=varying, no_audio=self.unfit, padded=self.fixed)
         return Preprocess(
             self.names,
             "audio",
@@ -62,7 +65,54 @@ class SoundInputs:
             seconds=found.seconds,
             frames=frames,
             varying=varying,
+            padded=self.fixed,
         )
+
+
+def of_one_length(found: SoundInputs, module: Any, call: Call, length: int, location: str) -> SoundInputs:
+    """Return the inputs for clips of one number of samples or frames.
+
+    Args:
+        found: the inputs for clips of any length.
+        module: the model.
+        call: calls it with them.
+        length: samples of a waveform, or frames of a spectrogram.
+        location: name of the model in messages.
+
+    Raises:
+        ModelError: the model takes clips of another fixed length, several axes of time, or fails on clips of this one.
+    """
+    times = {
+        name: next((axis for axis, each in axes.items() if each == SEQUENCE), 0) for name, axes in found.axes.items()
+    }
+    main = found.names[0]
+    sizes = {name: found.example[name].shape[axis] for name, axis in times.items() if axis}
+    if set(sizes) != set(found.names) or len(set(sizes.values())) > 1:
+        shapes = ", ".join(f"{name} {list(found.example[name].shape)}" for name in found.names)
+        raise ModelError(
+            f"--sequence-length {length}, but {location} takes {shapes}, which have no length in common that may vary; "
+            "leave --sequence-length out."
+        )
+    example = {name: _repeated(found.example[name], times[name], length) for name in found.names}
+    unit = "samples" if main == WAVEFORMS else "frames"
+    if (reason := refusal(module, call, list(example.values()))) is not None:
+        raise ModelError(
+            f"--sequence-length {length}, but {location} fails on clips of {length} {unit} ({reason}); give another "
+            "number."
+        )
+    features = None if found.features is None else found.features.of_one_length(length, samples=main == WAVEFORMS)
+    clips = "give arrays of as many" if features is None else "shorter ones are padded, longer ones cut"
+    limit = Limitation("length of the clips", f"the export takes only clips of {length} {unit}; {clips}")
+    axes = {name: {0: "batch"} for name in found.names}
+    return replace(
+        found, example=example, axes=axes, features=features, limitations=(*found.limitations, limit), fixed=length
+    )
+
+
+def _repeated(values: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    """Return values that are repeated, or cut, to a size of an axis."""
+    times = [-(-length // size) if each == axis else 1 for each, size in enumerate(values.shape)]
+    return values.repeat(times).narrow(axis, 0, length).contiguous()
 
 
 def sound_input(module: Any) -> str:

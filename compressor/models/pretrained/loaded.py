@@ -25,6 +25,7 @@ class Loaded:
         untrained: the names of the weights that the checkpoint lacks.
         cache: whether a language model keeps its KV cache.
         image_size: the size of images that was asked for, None for that of the image processor.
+        sequence_length: the number of tokens, samples or frames that was asked for, None for any.
     """
 
     module: Any
@@ -36,6 +37,7 @@ class Loaded:
     untrained: tuple[str, ...] = ()
     cache: bool = True
     image_size: ImageSize = None
+    sequence_length: int | None = None
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.models.base import OtherInputsError, first_line
-from compressor.models.text.probe import without_cache
+from compressor.models.text.probe import call_without_cache
 
 OUTPUTS = {
     "image-classification": ("logits",),
@@ -81,13 +81,14 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         return Signature((HIDDEN,), HIDDEN, signature.call) if _is_renamed(signature, module, values) else signature
     try:
         with torch.no_grad():
-            name, _ = _own_output(module(**values, **without_cache(module)))
+            returned, told = call_without_cache(module, **values)
+            name, _ = _own_output(returned)
     except Exception as error:  # modules raise errors of all kinds
         raise OtherInputsError(
             f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
             f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
         ) from error
-    return Signature((name,), name, signature.call)
+    return Signature((name,), name, partial(signature.call, told=told))
 
 
 def _is_renamed(signature: Signature, module: Any, values: Mapping[str, torch.Tensor]) -> bool:
@@ -123,8 +124,13 @@ def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
     raise TypeError(f"it returns no tensor of features, only {', '.join(returned)}")
 
 
-def _features(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    return (_own_output(module(**dict(zip(inputs, tensors, strict=True)), **without_cache(module)))[1],)
+def _features(
+    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], told: Mapping[str, bool] | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Return the features of a module; `told` is the argument that it makes no cache by, None finds it out."""
+    values = dict(zip(inputs, tensors, strict=True))
+    returned = call_without_cache(module, **values)[0] if told is None else module(**values, **told)
+    return (_own_output(returned)[1],)
 
 
 def _head_outputs(

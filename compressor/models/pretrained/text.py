@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,14 @@ def wrap(loaded: Loaded) -> Model:
     """Return the model, with its tokenizer; a language model has its KV cache.
 
     Raises:
-        ModelError: the module does not give the outputs of its task for a text, or its cache cannot be detected.
+        ModelError: the module does not give the outputs of its task for a text, or its cache cannot be detected, or is
+            wanted for texts of one length.
     """
+    if loaded.sequence_length is not None and loaded.task == "text-generation" and loaded.cache:
+        raise ModelError(
+            f"--sequence-length {loaded.sequence_length} exports calls with one number of tokens, and a KV cache grows "
+            "with every token; pass --no-cache too, or leave --sequence-length out."
+        )
     with at_end_token(loaded.module, loaded.task) as reads_end:
         model = _wrapped(loaded)
     if reads_end:
@@ -71,8 +78,15 @@ def _wrapped(loaded: Loaded) -> Model:
     inputs = text_inputs(module, tokenizer, location, shortest)
     signature = _signature(module, task, inputs, shortest)
     longest = max_length(module, tokenizer, loaded.sentence_files)
-    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, longest, shortest)
-    example = _text_example(module, inputs, longest, shortest)
+    length = loaded.sequence_length
+    if length is not None:
+        _check_length(module, signature.call, inputs, length, longest, location)
+        longest = length
+        if tokenizer is not None:
+            tokenizer.model_max_length = length
+    lengths = _Lengths(shortest, longest, length)
+    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task, lengths)
+    example = _text_example(module, inputs, lengths)
     return Model(
         **loaded.fields,
         call=signature.call,
@@ -81,19 +95,60 @@ def _wrapped(loaded: Loaded) -> Model:
         answer=signature.answer,
         stacked=signature.outputs[1:] if task == "question-answering" else (),
         example=example,
-        dynamic_axes={name: {0: "batch", 1: "sequence"} for name in inputs},
-        preprocess=text_preprocess(inputs, example, tokenizer, longest, padding),
+        dynamic_axes={name: {0: "batch"} | ({1: "sequence"} if length is None else {}) for name in inputs},
+        preprocess=replace(text_preprocess(inputs, example, tokenizer, longest, padding), padded=length),
         save=partial(save, module, tokenizer, loaded.sentence_files),
         tokenizer=tokenizer,
         limitations=(
             *text_limitations(tokenizer, inputs, longest),
             *padding_limitations,
+            *_of_one_length(length, tokenizer),
             *experts,
             *other_features(signature),
             *other_inputs(module, inputs),
         ),
         class_names=loaded.class_names,
     )
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Numbers of tokens: the least that a module takes, the most (None: unknown), that of all texts (None: any)."""
+
+    shortest: int
+    longest: int | None
+    fixed: int | None
+
+
+def _check_length(
+    module: Any, call: Callable[..., Any], inputs: tuple[str, ...], length: int, longest: int | None, location: str
+) -> None:
+    """Check that a module takes texts of a number of tokens.
+
+    Raises:
+        ModelError: it has fewer positions, or fails on them.
+    """
+    if longest is not None and length > longest:
+        raise ModelError(
+            f"--sequence-length {length}, but {location} takes at most {longest} tokens; give {longest} or less."
+        )
+    values = text(length)
+    values["token_type_ids"] = torch.zeros_like(values["input_ids"])
+    try:
+        with calling(module):
+            call(module, *(values[name] for name in inputs))
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"--sequence-length {length}, but {location} fails on texts of {length} tokens ({first_line(error)}); give "
+            "another number of tokens."
+        ) from error
+
+
+def _of_one_length(length: int | None, tokenizer: Any) -> Iterator[Limitation]:
+    """Yield the limitation of a model that is exported for texts of one length; none for others."""
+    if length is not None:
+        rows = "shorter ones are padded, longer ones truncated" if tokenizer is not None else "give rows of as many"
+        yield Limitation("length of texts", f"the export takes only texts of {length} tokens; {rows}")
 
 
 def _signature(module: Any, task: str, inputs: tuple[str, ...], tokens: int) -> Signature:
@@ -178,23 +233,24 @@ def text_inputs(module: Any, tokenizer: Any, location: str, tokens: int = TOKENS
     return tuple(name for name, is_used in used.items() if is_used)
 
 
-def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None, shortest: int) -> dict[str, torch.Tensor]:
+def _text_example(module: Any, inputs: tuple[str, ...], lengths: _Lengths) -> dict[str, torch.Tensor]:
     """Return two rows of tokens, the second with padding, so that the mask is not constant.
 
     Raises:
         ModelError: the config has no size of the vocabulary.
     """
-    size = vocabulary(module, shortest)
+    size = vocabulary(module, lengths.shortest)
     if size is None:
         raise ModelError(
             f"the config of a {type(module).__name__} has no vocab_size, from which the token ids of the example are "
             "drawn; add it to config.json, or pass the model as a module of your own, package.module:factory, with "
             "example inputs."
         )
-    tokens = EXAMPLE_TOKENS if longest is None else min(EXAMPLE_TOKENS, longest)
+    tokens = EXAMPLE_TOKENS if lengths.longest is None else min(EXAMPLE_TOKENS, lengths.longest)
+    tokens = tokens if lengths.fixed is None else lengths.fixed
     ids = torch.randint(0, size, (2, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, tokens * 3 // 4 :] = 0
+    mask[1, max(1, tokens * 3 // 4) :] = 0
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return {name: values[name] for name in inputs}
 
@@ -205,27 +261,28 @@ def _padding(
     inputs: tuple[str, ...],
     tokenizer: Any,
     task: str,
-    longest: int | None,
-    shortest: int,
+    lengths: _Lengths,
 ) -> tuple[Padding | None, list[Limitation]]:
     """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it.
 
-    Texts below the number of tokens that the module takes are padded to it.
+    Texts below the number of tokens that the module takes are padded to it, or all to one number.
     """
     config = module.config.get_text_config()
-    position = signature.outputs.index(signature.answer)
+    position, shortest = signature.outputs.index(signature.answer), lengths.shortest
 
     def answer(feeds: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
         with torch.inference_mode():
             return signature.call(module, *(torch.from_numpy(feeds[name]) for name in inputs))[position]
 
     if tokenizer is None:
-        return None, [*allow_batches(answer, config, inputs, shortest), *_least(shortest, "give rows of no less")]
+        limits = allow_batches(answer, config, inputs, shortest)
+        return None, [*limits, *(_least(shortest, "give rows of no less") if lengths.fixed is None else [])]
     if task == "text-generation":
-        return causal_padding(tokenizer, config), []
+        return replace(causal_padding(tokenizer, config), least=lengths.fixed or 0), []
     least = 0 if shortest == TOKENS else shortest
-    padding, limitations = find_padding(answer, tokenizer, config, inputs, longest, least)
-    limitations += _least(shortest, "shorter texts are padded to it")
+    padding, limitations = find_padding(answer, tokenizer, config, inputs, lengths.longest, least, lengths.fixed)
+    if lengths.fixed is None:
+        limitations += _least(shortest, "shorter texts are padded to it")
     tokenizer.padding_side = padding.side
     if padding.token in tokenizer.all_special_ids and padding.token != tokenizer.pad_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)
@@ -256,7 +313,7 @@ def text_preprocess(
         "text",
         arrays,
         text=_truncating(processor, inputs, padding, limit),
-        align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
+        align=partial(tokenize_aligned, processor, inputs, limit, padding.least) if processor.is_fast else None,
         special=frozenset(processor.all_special_ids),
         unknown=_unknown(processor),
         tokenizer=f"{type(processor).__name__} of {name_of(str(processor.name_or_path))}",

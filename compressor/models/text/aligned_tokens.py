@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from compressor.models.preprocess import Aligned
 
 
 def tokenize_aligned(
-    tokenizer: Any, inputs: tuple[str, ...], longest: int, first: list[Any], second: list[str] | None
+    tokenizer: Any, inputs: tuple[str, ...], longest: int, least: int, first: list[Any], second: list[str] | None
 ) -> Aligned:
-    """Tokenize a batch with a fast tokenizer, padded to the longest row.
+    """Tokenize a batch with a fast tokenizer, padded to the longest row, or to the least number of tokens.
 
     A pair is a question with a context, of which only the context is truncated.
 
@@ -21,6 +22,7 @@ def tokenize_aligned(
         tokenizer: a fast tokenizer of transformers.
         inputs: input names of the model.
         longest: maximum number of tokens.
+        least: minimum number of tokens of a batch; 0 for any.
         first: texts, or texts split into words.
         second: second texts, if any.
 
@@ -29,18 +31,19 @@ def tokenize_aligned(
     """
     if tokenizer.pad_token is None:
         raise DataError("the tokenizer has no padding token, so texts cannot be batched; set its pad_token")
-    words = bool(first) and isinstance(first[0], list)
+    encode = partial(
+        tokenizer,
+        first,
+        second,
+        is_split_into_words=bool(first) and isinstance(first[0], list),
+        truncation="only_second" if second is not None else True,
+        return_offsets_mapping=True,
+        return_tensors="np",
+    )
     try:
-        encoded = tokenizer(
-            first,
-            second,
-            is_split_into_words=words,
-            padding=True,
-            truncation="only_second" if second is not None else True,
-            max_length=longest,
-            return_offsets_mapping=True,
-            return_tensors="np",
-        )
+        encoded = encode(padding=True, max_length=longest)
+        if encoded["input_ids"].shape[1] < least:
+            encoded = encode(padding="max_length", max_length=least)
     except Exception as error:  # the Rust tokenizer raises plain exceptions
         if "trunc" not in str(error).lower():
             raise

@@ -9,7 +9,7 @@ classifies finds its last token by comparing with the ``pad_token_id`` of its co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,13 @@ def causal_padding(tokenizer: Any, config: Any) -> Padding:
 
 
 def find_padding(
-    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str], longest: int | None, least: int = 0
+    answer: Answer,
+    tokenizer: Any,
+    config: Any,
+    inputs: Sequence[str],
+    longest: int | None,
+    least: int = 0,
+    fixed: int | None = None,
 ) -> tuple[Padding, list[Limitation]]:
     """Return the first padding that leaves the outputs of a row unchanged, and what has to be said about it.
 
@@ -81,11 +87,13 @@ def find_padding(
         inputs: input names of the model.
         longest: maximum number of tokens of a row; None if there is none.
         least: minimum number of tokens of a row.
+        fixed: number of tokens to which every row is padded; None for the longest row of a batch.
     """
     usual = Padding(next(_tokens(tokenizer, config), 0), tokenizer.padding_side, least)
     rows = _example_rows(tokenizer, inputs, longest)
     if rows is None:
         reason = "not checked, because the tokenizer does not make rows of two lengths of two test texts"
+        usual = replace(usual, least=fixed or least)
         return usual, [Limitation("padding", reason)]
     alone = answer(usual.pad({name: values[:1] for name, values in rows.items()}, tokenizer.pad_token_type_id))
     if alone.ndim > 1 and alone.shape[1] == least:
@@ -93,13 +101,16 @@ def find_padding(
     before = getattr(config, "pad_token_id", None)
     # A negative id pads nothing: older configs of Llama have -1.
     refuses = _refuses_batches(answer, usual, rows) or (before is not None and before not in _known(config))
-    for padding in _candidates(tokenizer, config, least):
+    for padding in _candidates(tokenizer, config, fixed or least):
         if refuses:
             config.pad_token_id = padding.token
         if _is_same(alone, answer(padding.pad(rows, tokenizer.pad_token_type_id)), rows, padding.side):
             return padding, list(_choice(padding, usual, tokenizer, refuses))
     config.pad_token_id = usual.token if refuses else before
     reason = "no padding leaves the outputs of a text unchanged, so they depend on the longest text of the batch"
+    if fixed is not None:
+        reason = f"no padding to {fixed} tokens leaves the outputs of a text unchanged"
+    usual = replace(usual, least=fixed or least)
     return usual, [Limitation("padding", f"{reason}; transformers' pipelines run one text at a time")]
 
 

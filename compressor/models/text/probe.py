@@ -24,6 +24,7 @@ PRODUCTS = frozenset(
     + [f"conv{axes}d" for axes in (1, 2, 3)]
 )
 TEXTS_ALONE = "pass --task text-generation to export it for texts alone"
+USE_CACHE = "use_cache"
 CHARACTERS = sys.maxunicode + 1
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
@@ -54,8 +55,23 @@ def without_cache(module: Any) -> dict[str, bool]:
     """
     taken = inspect.signature(module.forward).parameters
     keywords = any(each.kind is each.VAR_KEYWORD for each in taken.values())
-    made = "use_cache" in taken or (keywords and hasattr(getattr(module, "config", None), "use_cache"))
-    return {"use_cache": False} if made else {}
+    made = USE_CACHE in taken or (keywords and hasattr(getattr(module, "config", None), USE_CACHE))
+    return {USE_CACHE: False} if made else {}
+
+
+def call_without_cache(module: Any, **values: Any) -> tuple[Any, dict[str, bool]]:
+    """Return the output of a module that makes no cache, and the argument that tells it so.
+
+    A class that hands its keywords on to a part, beside an argument of its own that says whether to keep a cache (the
+    encoder of Mimi), cannot be told. It must not be called with it while it is traced.
+    """
+    told = without_cache(module)
+    try:
+        return module(**values, **told), told
+    except TypeError as error:
+        if f"multiple values for keyword argument '{USE_CACHE}'" not in str(error):
+            raise
+    return module(**values), {}
 
 
 def reads_texts_alone(module: Any) -> bool:

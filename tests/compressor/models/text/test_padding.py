@@ -203,3 +203,12 @@ def test_a_text_model_that_fails_on_every_length_is_refused_with_its_first_reaso
     folder = save_model(tmp_path, "T5Model", "T5Config", vocab_size=40, **small)
     with pytest.raises(ModelError, match=r"for any text of token ids alone .*exactly one of"):
         models.load(folder)
+
+
+def test_words_are_padded_to_the_shortest_text_too(tmp_path):
+    folder = save_letters(save_model(tmp_path, "FunnelForTokenClassification", "FunnelConfig", **FUNNEL), **PADS)
+    model = models.load(folder)
+    aligned = model.preprocess.align([["a", "b"]], None)
+    assert aligned.feeds["input_ids"].shape == aligned.words.shape == (1, 5)
+    assert aligned.words[0].tolist() == [0, 1, -1, -1, -1]
+    model.call(model.module, *(torch.from_numpy(aligned.feeds[name]) for name in model.inputs))

@@ -1,6 +1,7 @@
 """The maximum number of tokens is that at which a call of the module still succeeds."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import compressor
 from compressor import models
 from compressor.data.splits import load as load_data
 from compressor.models.base import ModelError
-from compressor.models.text.probe import position_limit
+from compressor.models.text.probe import call_without_cache, position_limit
 from tests.text_models import GPT2, OPT, SIZES, XLNET, save_letters, save_model
 
 DEBERTA = SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
@@ -167,3 +168,20 @@ def test_a_text_model_names_no_other_inputs(tmp_path):
     assert not [
         each for each in models.load(folder).limitations if "pixel" in each.feature or "decoder" in each.feature
     ]
+
+
+def test_a_class_that_hands_its_keywords_on_beside_an_argument_of_its_own_is_called_without():
+    class Part(torch.nn.Module):
+        def forward(self, values, use_cache=None):
+            return values, use_cache
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.config = Part(), types.SimpleNamespace(use_cache=True)
+
+        def forward(self, values, **kwargs):
+            return self.part(values, use_cache=True, **kwargs)
+
+    assert call_without_cache(Whole(), values=1) == ((1, True), {})
+    assert call_without_cache(Part(), values=1) == ((1, False), {"use_cache": False})

@@ -1,0 +1,1 @@
+"""Replacements of Python code that hides sizes from torch.export while a model is traced."""

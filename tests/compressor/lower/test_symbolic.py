@@ -1,0 +1,51 @@
+"""Tests of what is replaced while a model is traced, so that torch.export sees sizes."""
+
+import torch
+
+from compressor.lower.symbolic.sizes import symbolic_gathers
+from compressor.lower.symbolic.whole_numbers import whole_numbers
+
+LENGTH = 13
+
+
+class Padded(torch.nn.Module):
+    """Pads a clip to a whole number of strides, which it holds as a buffer; a persistent one and a plain tensor too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stride", torch.tensor(4), persistent=False)
+        self.register_buffer("seen", torch.tensor(7))
+        self.register_buffer("table", torch.ones(2))
+        self.offset = torch.tensor(1)
+
+    def forward(self, clips):
+        length = clips.shape[-1]
+        whole = torch.ceil(length / self.stride).to(torch.int64) * self.stride
+        return torch.nn.functional.pad(clips, (self.offset, whole - length))
+
+
+def test_sizes_from_buffers_are_numbers_while_a_module_is_traced():
+    module, clips = Padded(), torch.randn(2, LENGTH)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with whole_numbers(module):
+        program = torch.export.export(module, (clips,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    assert not [node for node in program.graph.nodes if "item" in str(node.target)]
+    three = torch.randn(3, LENGTH)
+    torch.testing.assert_close(program.module()(three), module(three))
+    assert isinstance(module.stride, torch.Tensor)
+    assert isinstance(module.offset, torch.Tensor)
+    torch.testing.assert_close(dict(module.state_dict()), before)
+    assert set(dict(module.named_buffers())) == {"stride", "seen", "table"}
+
+
+def test_distances_do_not_ask_for_the_rows_of_one_side_where_those_of_the_other_are_many():
+    class Nearest(torch.nn.Module):
+        def forward(self, values):
+            return torch.cdist(values, torch.arange(60.0).reshape(30, 2)).argmin(-1)
+
+    values = torch.randn(4, 2)
+    with symbolic_gathers():
+        program = torch.export.export(Nearest(), (values,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    for rows in (2, 40):
+        values = torch.randn(rows, 2)
+        torch.testing.assert_close(program.module()(values), Nearest()(values))
