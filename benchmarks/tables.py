@@ -23,6 +23,7 @@ import tables_decode
 import tables_fusion
 import tables_image_tokens
 import tables_large
+import tables_linear_kernels
 import tables_llama_cpp
 import tables_llm
 import tables_matrix
@@ -160,6 +161,7 @@ TABLES = {
     "decode": tables_decode.decode,
     "budget": tables_budget.budget,
     "large": tables_large.large,
+    "linear_kernels": tables_linear_kernels.linear_kernels,
     "scale": tables_scale.scale,
     "fusion": tables_fusion.fusion,
     "image_tokens": tables_image_tokens.image_tokens,
