@@ -28,7 +28,7 @@ from passes.execute.interpreter import Program
 from runtimes.base.timing import interleave
 
 RESULTS = Path(__file__).parent / "results" / "linear_kernels.json"
-BATCH, SAMPLES = 16, 64
+BATCH, TOKENS, SAMPLES = 16, 1024, 64
 KERNELS = {"MKL": False, "oneDNN": True}
 
 
@@ -80,7 +80,7 @@ def measure(model: str, data: str, rounds: int) -> dict[str, Any]:
     """Return the latency of a pass and of a step with both libraries, and their ratio, for one thread and for two."""
     settings = Settings(model=model, data=data, drop="none", samples=SAMPLES)
     subject = load(settings, Steps())
-    feeds = next(tensor_batches(subject.data.calibration.head(BATCH), BATCH))
+    feeds = next(tensor_batches(subject.data.calibration.middle(BATCH, TOKENS), BATCH))
     threads, rows = torch.get_num_threads(), dict[str, Any]()
     try:
         for count in (1, 2):

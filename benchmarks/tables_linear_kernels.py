@@ -32,4 +32,6 @@ def linear_kernels_table(found: Mapping[str, Any]) -> str:
                 f"| {name} | {shape} | {CALLS[row['call']]} | {row['threads']} | {before} | {after} | "
                 f"{gain['ratio']:.2f}x ({gain['low']:.2f}–{gain['high']:.2f}) |"
             )
-    return "\n".join([*lines, "", f"- {found['environment']['processor']}; torch {found['environment']['packages']['torch']}."])
+    return "\n".join(
+        [*lines, "", f"- {found['environment']['processor']}; torch {found['environment']['packages']['torch']}."]
+    )
