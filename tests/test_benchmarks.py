@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from compressor import models
 from compressor.lower.traced_model import load
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.quality.budget import Budget
@@ -23,7 +25,7 @@ from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.plan.plan import merged_tokens
 from tests.planted_search import World
-from tests.samples import digits
+from tests.samples import DIGITS, digits
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -408,6 +410,26 @@ def test_the_table_of_a_model_larger_than_memory():
     assert script("tables_large").large_table(facts | beside).splitlines()[-1] == (
         "| 1B | 2,000 M | 2.50 GiB | 100 s | 2.00 GB | score 30 s, lower to ONNX 20 s |"
     )
+
+
+def test_the_table_of_linear_layers():
+    gain = {"ratio": 1.671, "low": 1.6, "high": 1.7}
+    row = {"threads": 2, "call": "step", "milliseconds": {"MKL": 94.4, "oneDNN": 56.4}, "speedup": gain}
+    made = {"models": {"DeiT": {"batch": {"x": [16, 3, 224, 224]}, "rows": {"step, 2": row}}},
+            "environment": {"processor": "AMD EPYC", "packages": {"torch": "2.15.0"}}}  # fmt: skip
+    lines = script("tables_linear_kernels").linear_kernels_table(made).splitlines()
+    assert lines[2] == "| DeiT | 16 x 3 x 224 x 224 | pass and gradients | 2 | 94 ms | 56 ms | 1.67x (1.60–1.70) |"
+    assert lines[-1] == "- AMD EPYC; torch 2.15.0."
+
+
+@pytest.mark.slow
+def test_linear_layers_are_timed_in_both_libraries():
+    found = script("linear_kernels").measure(str(models.SAMPLE), DIGITS, rounds=1)
+    assert {(row["call"], row["threads"]) for row in found["rows"].values()} == set(
+        itertools.product(("pass", "step"), (1, 2))
+    )
+    assert all(row["speedup"]["ratio"] > 0 for row in found["rows"].values())
+    assert [shape[0] for shape in found["batch"].values()] == [16]
 
 
 # --------------------------------------------------------------------------------------------- made-up results: scale
