@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from compressor.data.readers.base import EMPTY_CLASSES
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.workspace.special_files import special_kind
@@ -137,7 +138,7 @@ def _empty(classes: Sequence[str], labels: npt.NDArray[np.int64] | None, kind: F
     empty = [] if labels is None else [name for label, name in enumerate(classes) if label not in filled]
     if empty:
         yield Limitation(
-            "class folders",
+            EMPTY_CLASSES,
             f"{len(empty):,} of {len(classes):,} hold no {kind.one}s ({', '.join(empty[:3])}"
             f"{', ...' * (len(empty) > 3)}), so the figures say nothing of these classes; complete the copy, or remove "
             "the folders",

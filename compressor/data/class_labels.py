@@ -81,10 +81,16 @@ def _matched(used: Sequence[str], names: ClassNames, source: str) -> dict[str, i
         )
     if unknown:
         known = [name for name in used if name not in unknown]
+        unnamed = sum(not each for each in names.names)
+        remedy = (
+            f"{unnamed} of its {len(names)} classes have no name, so complete its id2label, or give class numbers"
+            if unnamed
+            else "rename or remove the others"
+        )
         raise DataError(
             f"{source} has {len(unknown)} class names that the model does not have ({listed(unknown)}), beside "
             f"{len(known)} that it has ({listed(known)}); expected names of the model's classes, such as "
-            f"{listed(list(names.id2label().values()))}; rename or remove the others"
+            f"{listed(list(names.id2label().values()))}; {remedy}"
         )
     for name, numbers in candidates.items():
         if len(numbers) > 1:

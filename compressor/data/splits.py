@@ -14,7 +14,7 @@ from compressor.data.class_prompts import ClassPrompts, with_class_prompts
 from compressor.data.decoder_inputs import DECODER_IDS, with_decoder_inputs
 from compressor.data.equal_samples import equal_samples
 from compressor.data.readers import read
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
+from compressor.data.readers.base import ONE_CLASS, Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sample_cache import DIGEST, digest, digest_of_feeds
 from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
 from compressor.data.text_lengths import check_lengths, check_unknown
@@ -402,7 +402,7 @@ def _one_class(samples: Samples, usable: Sequence[int]) -> Iterator[Limitation]:
         numbers = {} if samples.numbering is None else samples.numbering.numbers
         name = next((repr(name) for name, each in numbers.items() if each == number), str(number))
         yield Limitation(
-            "classes of the data",
+            ONE_CLASS,
             f"all {len(usable):,} samples have the class {name}, so that a model which always answers it has an "
             "accuracy of 100 %, and the figures say nothing of the others; give samples of all classes",
         )

@@ -287,6 +287,11 @@ def _explain(model: Model, error: Exception) -> str:
             f"{model.name} converts the weights of its own modules in forward ({reason}), such as by .half() or .to(); "
             "do so before the model is passed, in float32."
         )
+    if ".numpy() is not supported for tensor subclasses" in reason:
+        return (
+            f"{model.name} computes with a NumPy array or calls .numpy() in forward ({reason}), which torch.export "
+            "cannot trace; keep the values as a tensor, such as by self.register_buffer(name, torch.from_numpy(array))."
+        )
     if model.preprocess.kind == "text" and _axis(model, str(error)).endswith("sequence"):
         return (
             f"{model.name} could not be traced by torch.export ({reason}), as a loop in Python over the tokens or a "

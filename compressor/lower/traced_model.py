@@ -13,9 +13,10 @@ from compressor import models
 from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
-from compressor.data.readers.base import CLASS_ORDER, Samples
+from compressor.data.readers.base import CLASS_ORDER, EMPTY_CLASSES, ONE_CLASS, Samples
+from compressor.data.readers.masks import NO_CLASS
 from compressor.data.rows import take_rows
-from compressor.data.splits import Data, Shares
+from compressor.data.splits import Data, Shares, Split
 from compressor.errors import CompressorError
 from compressor.executor.base import Executor, InProcess
 from compressor.limitations import Limitation
@@ -48,6 +49,15 @@ if TYPE_CHECKING:
     from passes.image_tokens.image_tokens import Method
 
 COST_SAMPLES = 8  # samples over which multiply-adds are averaged
+# Kinds of labels that only some heads are measured with.
+OTHER_LABELS = {
+    "class": "a class for each sample",
+    "score": "a number for each sample",
+    "labels": "a set of labels for each sample",
+    "token classes": "a class for each word",
+    "pixels": "a mask of classes for each image",
+}
+MASKS = 32  # masks of each split whose classes are checked before anything else
 SELF_SAMPLES = 3  # samples on which torch is compared with itself, unlike the two of the traced example
 
 
@@ -372,10 +382,31 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         names_file=settings.class_names,
         template=settings.prompt_template,
     )
-    _check_labels(data, evaluated_on(model, data))
+    judged = evaluated_on(model, data)
+    _check_labels(data, judged)
+    data = _without_other_labels(data, judged)
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
         raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
     return data
+
+
+def _without_other_labels(data: Data, model: Model) -> Data:
+    """Return data without labels of a kind that the head is not measured with, such as classes of a detector's images.
+
+    What was found about them is left out, and a limitation says so.
+    """
+    read = head_for(model.task, model.problem_type).metrics
+    if data.label_kind not in OTHER_LABELS or data.label_kind in read:
+        return data
+    kinds = ", ".join(OTHER_LABELS[kind] for kind in read if kind in OTHER_LABELS)
+    expected = f"expected {kinds}" if kinds else "which takes no labels"
+    found = Limitation(
+        "labels",
+        f"the data has {OTHER_LABELS[data.label_kind]} ({data.reading}), which is not read for {model.task}, "
+        f"{expected}; results are compared with the original",
+    )
+    kept = [each for each in data.limitations if each.feature not in (CLASS_ORDER, ONE_CLASS, EMPTY_CLASSES)]
+    return dataclasses.replace(data, label_kind=None, limitations=(*kept, found))
 
 
 def evaluated_on(model: Model, data: Data) -> Model:
@@ -465,11 +496,19 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
     largest = data.calibration.samples.largest_class
     if data.label_kind == "class":
         largest = max(int(part.max()) for part in labels)
+    if data.label_kind == "pixels":
+        largest = max(_largest_class(part.head(MASKS)) for part in data.parts)
     if largest is not None and largest >= classes and model.problem_type != "regression":
         raise SubjectError(
             f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes, 0 to "
             f"{classes - 1}; give its class numbers or names, or no labels to compare the result with the original."
         )
+
+
+def _largest_class(part: Split) -> int:
+    """Return the largest class in the masks of a split."""
+    labels = [batch.labels for batch in part.batches(8)]
+    return max(int(each[each != NO_CLASS].max(initial=0)) for each in labels if each is not None)
 
 
 def _check_pooled(graph: Graph, model: Model) -> None:

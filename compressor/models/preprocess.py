@@ -84,6 +84,7 @@ class Preprocess:
         example: one batch of inputs, batch axis first, for shapes and dtypes.
         image: converts a PIL image with `channels` channels, or an array [C, H, W] with values in 0 to 1, to float32
             [C, H, W]; must be thread-safe.
+        reduces_labels: 0 in the masks of segmentation is no class, and class k of the model is k + 1 in them.
         no_image: reason why `image` is None and the remedy; empty if the model has no image preprocessing.
         text: tokenizes a batch of texts, optionally with second texts, to int64 [rows, tokens] by input name, padded
             to the longest row of the batch.
@@ -132,6 +133,7 @@ class Preprocess:
     example: Mapping[str, npt.NDArray[Any]]
     image: Callable[[Image.Image | npt.NDArray[Any]], npt.NDArray[np.float32]] | None = None
     no_image: str = ""
+    reduces_labels: bool = False
     text: Tokenise | None = None
     class_first: bool = False
     complete: Callable[[dict[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]] | None = None

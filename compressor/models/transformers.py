@@ -31,7 +31,13 @@ from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.video.inputs import takes_videos
 from compressor.models.vision_language import parts as vision_language
 from compressor.models.vision_language.padded_rows import padded_rows
-from compressor.models.weights.config_checks import check_counts, check_parameters, damaged_labels
+from compressor.models.weights.config_checks import (
+    check_counts,
+    check_parameters,
+    damaged_labels,
+    damaged_weights,
+    quantized,
+)
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 from passes.torch_internals import FakeTensorMode
@@ -115,6 +121,7 @@ def load(
         raise ModelError(f"{location} is a local folder, so it has no revision {revision!r}; leave --revision out.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     nemotron_nas.register()
+    config = None
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
@@ -136,7 +143,10 @@ def load(
         except ModelError:
             raise
         except Exception as error:  # transformers does not wrap hub, file and shape errors
-            reason = damaged_labels(Path(location)) or load_error_reason(error)
+            folder = Path(location)
+            reason = damaged_labels(folder) or damaged_weights(folder) or load_error_reason(error)
+            if isinstance(error, ImportError) and (said := quantized(config)) is not None:
+                reason = f"{said} ({load_error_reason(error)})"
             raise ModelError(f"transformers could not load {location}: {reason}.") from error
         loaded = Loaded(
             module.eval().float(),

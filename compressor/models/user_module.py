@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from passes.torch_internals import forward_hooks, remove_backward_hooks, uncompi
 
 # Values in an output that are reported as left out, because they are not tensors.
 PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
+# Parts of torch's messages on operands of two types.
+OTHER_TYPES = ("must have the same dtype", "expected scalar type", "to have the same dtype", "type not equal")
 # Number of axes of the judged output, for the tasks that determine it.
 AXES = {
     "image-classification": 2,
@@ -99,9 +101,9 @@ def load(
         )
     module = uncompiled(module)
     _check_weights(module, location)
-    dtypes = _dtypes(module)
+    dtypes, narrowed = _dtypes(module), tuple(_narrowed(dict(_state(module)), "weights"))
     model = _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
-    return dataclasses.replace(model, dtypes=dtypes)
+    return dataclasses.replace(model, dtypes=dtypes, limitations=(*narrowed, *model.limitations))
 
 
 def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -200,7 +202,8 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, cach
     """
     module = uncompiled(module)
     model = _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
-    return dataclasses.replace(model, dtypes=_dtypes(module))
+    narrowed = tuple(_narrowed(dict(_state(module)), "weights"))
+    return dataclasses.replace(model, dtypes=_dtypes(module), limitations=(*narrowed, *model.limitations))
 
 
 def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None, label: str, cache: bool) -> Model:
@@ -215,7 +218,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     returned, values = _returned(module, inputs_by_name, example, label, by_position)
     tensors, others = _flatten(returned, label)
     unchanged = {name: value for name, value in values.items() if torch.equal(value, example[name])}
-    repeated = dict(_repeated(tensors, unchanged))
+    repeated = dict(_repeated(tensors, unchanged, module))
     tensors = {name: value for name, value in tensors.items() if name not in repeated}
     outputs = _renamed(tuple(tensors), tuple(example))
     answer, *stacked = _evaluated(task, outputs, label)
@@ -244,6 +247,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
         ),
         save=partial(_save, label, resolved_task, example, names),
         limitations=(
+            *_narrowed(inputs_by_name),
             *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
             *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
             *_hooks(module),
@@ -339,7 +343,13 @@ def _returned(
     try:
         return _run(module, example, by_position)
     except Exception as error:  # user code may raise anything
-        reason, rows = f"{type(error).__name__}: {first_line(error)}", len(next(iter(inputs.values())))
+        kind, line = type(error).__name__, first_line(error)
+        reason, rows = kind if line == kind else f"{kind}: {line}", len(next(iter(inputs.values())))
+        if any(text in line for text in OTHER_TYPES):
+            raise ModelError(
+                f"{label} fails in float32, to which its weights and float inputs are converted ({reason}); leave "
+                ".double(), .half() and other conversions to a type of their own out of forward."
+            ) from error
         if rows == len(next(iter(example.values()))) or not _runs(module, inputs, by_position):
             raise ModelError(f"{label} fails on its example inputs: {reason}.") from error
         raise ModelError(
@@ -527,6 +537,14 @@ def _check_example(example: dict[str, Any], label: str) -> None:
         )
 
 
+def _narrowed(tensors: Mapping[str, torch.Tensor], kind: str = "inputs") -> Iterator[Limitation]:
+    """Yield a limitation for float64 inputs or weights, which have more digits than the float32 that is computed in."""
+    names = [name for name, value in tensors.items() if value.dtype == torch.float64]
+    if names:
+        listed = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        yield Limitation(f"float64 {kind}", f"{listed}: converted to float32, in which engines compute")
+
+
 def _two_samples(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the inputs with a batch of two, because a size of one is traced as a constant, and floats as float32."""
     return {name: _floating(torch.cat([value, value])[:2].detach().cpu()) for name, value in example.items()}
@@ -568,12 +586,15 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, others
 
 
-def _repeated(tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
-    """Yield the outputs that are an input, or the same tensor as an output before, with a phrase that says so.
+def _repeated(
+    tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], module: torch.nn.Module
+) -> Iterator[tuple[str, str]]:
+    """Yield the outputs that are an input, a weight, or the same tensor as an output before, with a phrase for each.
 
     An ONNX file has one name for a value. A module that computes nothing keeps its first output.
     """
-    names = {_storage(value): f"the input {name}" for name, value in inputs.items()}
+    names = {_storage(value): f"the weight {name}" for name, value in _state(module)}
+    names |= {_storage(value): f"the input {name}" for name, value in inputs.items()}
     if all(_storage(value) in names for value in tensors.values()):
         names = {}
     for name, value in tensors.items():
@@ -660,6 +681,11 @@ def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tenso
         raise ModelError(
             f"{label} returns an output of shape {list(answer.shape)} for a batch of two; expected the batch as first "
             "axis and at least one more axis."
+        )
+    if not answer.is_floating_point():
+        raise ModelError(
+            f"{label} returns an output of {answer.dtype}, which quality is not measured on; return numbers as the "
+            "first output, such as logits, or under the name logits, and decisions such as an argmax beside them."
         )
     axes = AXES.get(task or "", answer.ndim)
     if answer.ndim != axes or (task == "text-generation" and "input_ids" not in example):

@@ -155,4 +155,4 @@ def _producer(node: fx.Node) -> fx.Node:
 
 
 def _by_name(graph: Graph, outputs: Sequence[torch.Tensor]) -> dict[str, Array]:
-    return {name: np.atleast_1d(value.numpy()) for name, value in zip(graph.outputs, outputs, strict=True)}
+    return {name: np.atleast_1d(value.detach().numpy()) for name, value in zip(graph.outputs, outputs, strict=True)}

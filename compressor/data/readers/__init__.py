@@ -16,7 +16,7 @@ from compressor.data.readers.image_text.captions import read_captions, read_writ
 from compressor.data.readers.image_text.pairs import metadata_of
 from compressor.data.readers.image_text.prompts import read_prompts
 from compressor.data.readers.images import read_folder
-from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
+from compressor.data.readers.masks import COMPARED, images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
 from compressor.data.readers.records import read_conll, read_json, read_jsonl
 from compressor.data.readers.tables import read_table
@@ -67,8 +67,8 @@ def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str, seed:
         return read_videos(path, spec, preprocess)
     if preprocess.kind == "audio":
         return read_clips(path, spec, preprocess, task)
-    if task == "depth-estimation" and (images := images_beside(path)) is not None:
-        return read_images_alone(images, spec, preprocess)
+    if task in COMPARED and (images := images_beside(path)) is not None:
+        return read_images_alone(images, spec, preprocess, COMPARED[task])
     if task == ZERO_SHOT and (metadata := metadata_of(path)) is not None:
         return read_captions(metadata, spec, preprocess)
     if preprocess.decoder is not None and (metadata := metadata_of(path)) is not None:

@@ -22,6 +22,8 @@ Feeds = dict[str, Array]
 LabelKind = Literal["class", "score", "tokens", "labels", "token classes", "spans", "pixels"]
 By = Literal["name", "number", "order"]
 CLASS_ORDER = "class order"  # the feature of the limitation on names that are numbered without the model's
+ONE_CLASS = "classes of the data"  # that of the limitation on data of one class
+EMPTY_CLASSES = "class folders"  # that of the limitation on class folders without samples
 Progress = Callable[[int, int], None]
 
 
@@ -142,6 +144,24 @@ def wrong_class(name: str, label: str) -> DataError:
     size = ", which is too large" if TOO_LARGE <= float(label) < math.inf else ""
     label = label if len(label) <= SHOWN else f"{label[:SHOWN]}..."
     return DataError(f"{name} holds the class label {label}{size}; expected whole numbers from 0")
+
+
+def other_kind(name: str, held: str, kind: str, inputs: Sequence[str]) -> DataError:
+    """Return the error for data of a kind that the model does not take, such as texts for a module of one's own.
+
+    Args:
+        name: name of the data.
+        held: what it holds.
+        kind: the kind of inputs that the model takes.
+        inputs: their names.
+    """
+    if kind != "tensor":
+        return DataError(f"{name} holds {held}, but the model takes {kind} inputs; pass --data of that kind")
+    arrays = ", ".join(f"{each}=..." for each in inputs)
+    return DataError(
+        f"{name} holds {held}, but the model takes arrays, and nothing is known that makes them of {held}; pass a .npz "
+        f"with them, as np.savez('data.npz', {arrays}) writes it, with labels=... if there are any"
+    )
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from compressor.data.class_folders import FilesOf, find_files
-from compressor.data.readers.base import Array, Feeds, Progress, Samples, Skipped, dims
+from compressor.data.readers.base import Array, Feeds, Progress, Samples, Skipped, dims, other_kind
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
 from compressor.data.sample_cache import Store, digest
 from compressor.errors import DataError
@@ -120,7 +120,7 @@ def pictures(
         DataError: the model does not take images, or has no image preprocessing.
     """
     if preprocess.kind != "image":
-        raise DataError(f"{name} holds images, but the model takes {preprocess.kind} inputs; pass --data of that kind")
+        raise other_kind(name, "images", preprocess.kind, preprocess.inputs)
     if preprocess.image is None:
         reason = preprocess.no_image or "the model has no image preprocessing; add its preprocessor_config.json"
         raise DataError(f"{name} holds images, but {reason}, or pass preprocessed model inputs as .npy")

@@ -17,7 +17,14 @@ from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 
 IMAGES = ("images", "image")
+# What is compared with the original where no labels are read, by task.
+COMPARED = {
+    "depth-estimation": "depth is compared with that of the original",
+    "object-detection": "the classes of the object queries are compared with those of the original",
+}
 MASKS = ("masks", "annotations", "labels", "mask")
+NO_CLASS = 255  # of a pixel that does not count
+REDUCED = ", of which 0 is no class and the others are one less, as the image processor has do_reduce_labels"
 SLACK = 0.05  # share of the pixels by which resizing may change the white part of the test image
 MODES = ("L", "P", "I;16", "I", "1")  # of masks: one number per pixel
 
@@ -36,14 +43,14 @@ def images_beside(path: Path) -> Path | None:
     return images if len(folders) > 1 else None
 
 
-def read_images_alone(images: Path, name: str, preprocess: Preprocess) -> Samples:
-    """Read a folder of images, and say that the folders beside it, such as those of depth maps, are not read."""
+def read_images_alone(images: Path, name: str, preprocess: Preprocess, compared: str) -> Samples:
+    """Read a folder of images, and say that the folders beside it, such as those of depth maps or boxes, are not read.
+
+    What is compared instead is a clause.
+    """
     samples = read_folder(images, name, preprocess)
     others = sorted(entry.name for entry in images.parent.iterdir() if entry.is_dir() and entry != images)
-    limitation = Limitation(
-        "labels",
-        f"{', '.join(map(repr, others))} beside {images.name!r} not read; depth is compared with that of the original",
-    )
+    limitation = Limitation("labels", f"{', '.join(map(repr, others))} beside {images.name!r} not read; {compared}")
     return dataclasses.replace(samples, limitations=(*samples.limitations, limitation))
 
 
@@ -51,7 +58,8 @@ def read_masks(images: Path, masks: Path, name: str, preprocess: Preprocess) -> 
     """Read images with a mask of the same file name (without its ending) each.
 
     A mask holds the number of a class for each pixel, and 255 where there is none. It is resized with nearest-neighbour
-    sampling to the size of the model's input, so the processor must not crop.
+    sampling to the size of the model's input, so the processor must not crop. Where the processor reduces labels, as
+    those of ADE20K do, 0 is no class and the others are one less.
 
     Raises:
         DataError: an image has no mask, or a mask is no picture of class numbers.
@@ -74,6 +82,8 @@ def read_masks(images: Path, masks: Path, name: str, preprocess: Preprocess) -> 
 
     def targets(indices: Sequence[int]) -> Targets:
         labels = np.stack([_mask(places[index], (width, height)) for index in indices])
+        if preprocess.reduces_labels:
+            labels = np.where((labels == 0) | (labels == NO_CLASS), NO_CLASS, labels - 1)
         return Targets(labels, np.ones(len(labels), dtype=bool))
 
     return dataclasses.replace(
@@ -82,7 +92,7 @@ def read_masks(images: Path, masks: Path, name: str, preprocess: Preprocess) -> 
         label_kind="pixels",
         labels=None,
         class_names=None,
-        reading=f"images with masks in {masks.name}",
+        reading=f"images with masks in {masks.name}{REDUCED if preprocess.reduces_labels else ''}",
     )
 
 

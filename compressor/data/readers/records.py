@@ -11,7 +11,7 @@ from pydantic import JsonValue, TypeAdapter
 from typing_extensions import TypedDict
 
 from compressor.data.label_sets import sets_of_lists
-from compressor.data.readers.base import TOO_LARGE, Samples, Skipped
+from compressor.data.readers.base import TOO_LARGE, Samples, Skipped, other_kind
 from compressor.data.readers.tables import TEXTS, Table, column_name, table_samples
 from compressor.data.readers.texts import text_of, tokens
 from compressor.data.readers.token_targets import IGNORED, answer_spans, spans_of, word_classes
@@ -127,7 +127,7 @@ def record_samples(
 ) -> Samples:
     """Return the samples of records for the task of the model."""
     if preprocess.kind != "text":
-        raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; pass --data of that kind")
+        raise other_kind(name, "texts", preprocess.kind, preprocess.inputs)
     if task == "token-classification" and _field(records, WORDS) is not None:
         return _tagged(records, ids, name, preprocess)
     if task == "question-answering":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compressor.data.readers.base import Feeds, LabelKind, Samples, Skipped
+from compressor.data.readers.base import Feeds, LabelKind, Samples, Skipped, other_kind
 from compressor.data.readers.token_targets import MEMORY, masked_tokens, plain_tokens
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
@@ -90,7 +90,7 @@ def tokens(
         DataError: the model does not take texts, or has no tokenizer.
     """
     if preprocess.kind != "text":
-        raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; pass --data of that kind")
+        raise other_kind(name, "texts", preprocess.kind, preprocess.inputs)
     if preprocess.text is None:
         raise DataError(
             f"{name} holds texts, but the model has no tokenizer; add its tokenizer files (tokenizer.json, "

@@ -138,4 +138,5 @@ def image_preprocess(module: Any, processor: Any, sizing: Sizing) -> Preprocess:
     refused, _ = fit_statistics(processor, channels)
     convert = None if processor is None or refused else partial(pixels, processor)
     arrays = as_numpy(sizing.prepared(channels))
-    return Preprocess(("pixel_values",), "image", arrays, image=convert, no_image=refused)
+    reduces = any(getattr(processor, name, False) is True for name in ("do_reduce_labels", "reduce_labels"))
+    return Preprocess(("pixel_values",), "image", arrays, image=convert, no_image=refused, reduces_labels=reduces)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from compressor.models.base import ModelError
+from compressor.models.base import ModelError, first_line
 from compressor.workspace.json_files import OBJECT, read_json
 
 # Counts of layers; the deepest published transformers have 1,000 layers (DeepNet, arXiv 2203.00555).
@@ -65,6 +66,29 @@ def damaged_labels(folder: Path) -> str | None:
     return (
         f"id2label of its config.json is a {type(value).__name__}; expected a mapping, such as "
         '{"0": "cat", "1": "dog"}'
+    )
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """Return which file of weights of a folder cannot be opened, and why; None if all can."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:  # the errors of its Rust code
+            return f"{path.name} is damaged or cut short ({first_line(error)}); copy it again"
+    return None
+
+
+def quantized(config: Any) -> str | None:
+    """Return that a checkpoint is quantized, with the remedy, for a config that says so; None for others."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return (
+        f"its weights are quantized ({getattr(method, 'value', method)}); pass the checkpoint that they were made "
+        "from, which --precision quantizes"
     )
 
 

@@ -139,6 +139,10 @@ def test_names_that_cannot_be_numbered_are_refused(classifier: Path, texts: list
         "neutral); expected names of the model's classes, such as neutral, entailment, contradiction; rename or remove "
         "the others"
     )
+    partly = ClassNames((("neutral",), ("entailment",), ()))
+    assert refusal(["neutral", "contradict", "entailment"], partly, texts, path, model).endswith(
+        "such as neutral, entailment; 1 of its 3 classes have no name, so complete its id2label, or give class numbers"
+    )
     assert refusal(
         ["crane", "tench"], ClassNames((("crane", "n1"), ("crane", "n2"), ("tench",))), texts, path, model
     ) == (

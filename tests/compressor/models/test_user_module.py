@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -552,3 +553,70 @@ def test_both_ends_of_a_span_are_judged():
     model = load(module, example_inputs=ids, task="question-answering")
     assert (model.answer, *model.stacked) == ("start_logits", "end_logits")
     assert not [each for each in model.limitations if each.feature == "judged output"]
+
+
+@pytest.mark.parametrize("name", ["weight", "buffer"])
+def test_a_weight_that_is_an_output_is_left_out(name: str) -> None:
+    class Weighted(Returning):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), getattr(self.inner, name)
+
+    module = Weighted(lambda y, x: y)
+    module.inner.register_buffer("buffer", torch.rand(2, 3))
+    model = load(module, example_inputs=torch.rand(2, 4))
+    assert len(model.outputs) == 1
+    assert reasons(model)["outputs left out"].startswith(f"output_1 (the weight inner.{name}): only computed")
+
+
+@pytest.mark.parametrize("form", [lambda y: y > 0, lambda y: y.argmax(-1, keepdim=True), lambda y: (y * 9).int()])
+def test_decisions_are_no_output_that_quality_is_measured_on(form: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    example = torch.rand(2, 4)
+    with pytest.raises(ModelError, match="which quality is not measured on; return numbers as the first output"):
+        load(Returning(lambda y, x: form(y)), example_inputs=example)
+    assert load(Returning(lambda y, x: (y, form(y))), example_inputs=example).outputs == ("output_0", "output_1")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_conversions_in_forward_are_told_from_other_failures(kind: torch.dtype) -> None:
+    """Weights are converted to float32, so a forward that converts its input fails although the module does not."""
+
+    class Converting(Returning):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x.to(kind))
+
+    module = Converting(lambda y, x: y).to(kind)
+    with pytest.raises(
+        ModelError, match=r"Converting fails in float32, to which its weights .* are converted \(Runtime"
+    ):
+        load(module, example_inputs=torch.rand(2, 4))
+
+
+def test_float64_is_converted_and_said() -> None:
+    model = load(Returning(lambda y, x: y).double(), example_inputs={"x": torch.rand(2, 4).double()})
+    assert reasons(model)["float64 weights"] == (
+        "inner.weight, inner.bias: converted to float32, in which engines compute"
+    )
+    assert reasons(model)["float64 inputs"].startswith("x: converted to float32")
+    assert not {"float64 weights", "float64 inputs"} & set(
+        reasons(load(Returning(lambda y, x: y), example_inputs=torch.rand(2, 4)))
+    )
+
+
+def test_a_numpy_array_in_forward_is_refused_by_what_to_do() -> None:
+    form = lambda y, x: y + torch.from_numpy(np.sign(x.numpy()))  # noqa: E731
+    model = load(Returning(form), example_inputs=torch.rand(2, 4))
+    with pytest.raises(
+        CompressorError, match=r"computes with a NumPy array .*; keep the values as a tensor, such as by"
+    ):
+        trace(model)
+
+
+def test_texts_and_images_are_refused_for_a_module_by_the_arrays_that_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a\nb\nc\n")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 4)
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / f"{number}.png")
+    for name, held in (("x.txt", "texts"), ("x.jsonl", "texts"), ("pictures", "images")):
+        with pytest.raises(CompressorError, match=rf"{name} holds {held}, .* np.savez\('data.npz', x=...\) writes it"):
+            compressor.export(Returning(lambda y, x: y), data=tmp_path / name, example_inputs=torch.rand(2, 4))

@@ -143,8 +143,11 @@ def questions(folder):
     return write_lines(folder / "squad.jsonl", rows), "exact_match"
 
 
-def scenes(folder):
-    """Masks come from the post-processing of transformers' own image processor."""
+def scenes(folder, *, reduces=False):
+    """Masks come from the post-processing of transformers' own image processor.
+
+    With `reduces`, they are those of ADE20K, where 0 is no class and class 0 of the model is 1.
+    """
     torch.manual_seed(0)
     config = transformers.SegformerConfig(
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
@@ -152,7 +155,7 @@ def scenes(folder):
         image_size=32, initializer_range=0.4,
     )  # fmt: skip
     model = transformers.SegformerForSemanticSegmentation(config).eval()
-    processor = transformers.SegformerImageProcessor(size={"height": 32, "width": 32})
+    processor = transformers.SegformerImageProcessor(size={"height": 32, "width": 32}, do_reduce_labels=reduces)
     model.save_pretrained(folder / "m")
     processor.save_pretrained(folder / "m")
     (folder / "scenes" / "images").mkdir(parents=True)
@@ -164,12 +167,14 @@ def scenes(folder):
         with torch.no_grad():
             returned = model(**processor(image, return_tensors="pt"))
         (mask,) = processor.post_process_semantic_segmentation(returned, target_sizes=[(32, 32)])
-        Image.fromarray(mask.numpy().astype(np.uint8)).save(folder / "scenes" / "masks" / f"{index}.png")
+        mask = mask.numpy().astype(np.uint8) + reduces
+        mask[:4] = 0 if reduces else mask[:4]
+        Image.fromarray(mask).save(folder / "scenes" / "masks" / f"{index}.png")
     return folder / "scenes", "mean_iou"
 
 
 LABELLED = {"tags": tagged, "conll": conll, "sets": label_sets, "lists": label_lists, "scores": scores,
-            "spans": questions, "masks": scenes}  # fmt: skip
+            "spans": questions, "masks": scenes, "reduced masks": functools.partial(scenes, reduces=True)}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LABELLED)
@@ -185,6 +190,47 @@ def test_labels_that_the_model_predicts_give_a_perfect_score(kind, tmp_path):
     apply(Drop(tuple(site.name for site in traced.sites)), fork)
     lost = ValidationLoss(traced.graph, traced.model, traced.data.validation, metric).loss(fork)
     assert lost.percent > 1.0
+
+
+def test_masks_of_classes_that_the_model_lacks_are_refused_before_it_is_traced(tmp_path):
+    data, _ = scenes(tmp_path)
+    mask = data / "masks" / "0.png"
+    Image.fromarray(np.full((32, 32), 4, np.uint8)).save(mask)
+    with pytest.raises(CompressorError, match="has labels up to 4, but m has only 4 classes, 0 to 3"):
+        load(Settings(model=tmp_path / "m", data=data), Steps(None))
+
+
+def detector(folder):
+    """Save a small YOLOS with random weights."""
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.YolosForObjectDetection(config).save_pretrained(folder)
+    transformers.YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("layout", ["images/{}.png", "{}.png", "train/{}.png", "a/{}.png"])
+def test_folders_of_detectors_are_no_classes(tmp_path, layout):
+    """The layouts of YOLO and COCO: images beside labels, all splits, or a folder for each scene."""
+    detector(tmp_path / "m")
+    for number in range(8):
+        path = tmp_path / "data" / layout.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(path)
+        if layout.startswith(("images", "train")):
+            labels = tmp_path / "data" / "labels" / f"{number}.txt"
+            labels.parent.mkdir(exist_ok=True)
+            labels.write_text("0 0.5 0.5 0.2 0.2")
+    found = load(Settings(model=tmp_path / "m", data=tmp_path / "data", drop="none"), Steps(None))
+    assert (found.metric, found.data.label_kind) == ("query_agreement", None)
+    said = {each.feature: each.reason for each in found.data.limitations}
+    assert not {"classes of the data", "class folders", "class order"} & set(said)
+    if layout.startswith("images"):
+        assert said["labels"].startswith("'labels' beside 'images' not read; the classes of the object queries are")
+    else:
+        assert ("labels" in said) == (layout != "{}.png")
 
 
 def test_perplexity_of_masked_tokens_equals_the_loss_of_transformers(tmp_path):

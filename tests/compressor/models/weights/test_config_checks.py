@@ -211,3 +211,24 @@ def test_counts_that_differ_between_layers_are_all_checked():
     wrong = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 2}, per_layer_config=differing)
     with pytest.raises(ModelError, match="sets intermediate_size to -4; expected at least 1"):
         check_counts(wrong, "m")
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=32, **SMALL)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="4KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=rf"could not load .*: {shard.name} is damaged or cut short \(.*\); copy it"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_quantized_checkpoint_is_refused_by_that(tmp_path, method):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **SMALL)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = {"quant_method": method, "bits": 4, "group_size": 32}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    with pytest.raises(
+        ModelError, match=rf"its weights are quantized \({method}\); pass the checkpoint that they were"
+    ):
+        load(tmp_path)
