@@ -185,11 +185,12 @@ def _refusal(model: Model, error: Exception) -> TraceError:
         trace_with_guards(one)
     except CompressorError:
         return TraceError(_explain(model, error))
-    unit, kind = _unit(model), KINDS[model.preprocess.kind]
+    unit = _unit(model)
     option = "--no-cache --sequence-length N" if model.task == "text-generation" else "--sequence-length N"
     return OneLengthError(
         f"{model.name} could not be traced by torch.export for any number of {unit} "
-        f"({_reason(model, str(error)) or type(error).__name__}); pass {option} to export it for N {unit} alone, {kind}."
+        f"({_reason(model, str(error)) or type(error).__name__}); pass {option} to export it for N {unit} alone, "
+        f"{KINDS[model.preprocess.kind]}."
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import wraps
 from typing import Any
 from unittest import mock
 
@@ -48,8 +48,7 @@ def whole_numbers(module: torch.nn.Module) -> Iterator[None]:
                     stack.callback(setattr, part, name, value)
                     vars(part)[name] = value.item()
         for name, rounding in (("ceil", math.ceil), ("floor", math.floor)):
-            replaced = partial(_rounded, rounding, getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, replaced))
+            stack.enter_context(mock.patch.object(torch, name, _rounding(rounding, getattr(torch, name))))
         yield
 
 
@@ -64,5 +63,11 @@ def _restore(part: torch.nn.Module, name: str, value: torch.Tensor, *, persisten
     part.register_buffer(name, value, persistent=persistent)
 
 
-def _rounded(rounding: Callable[[Any], Any], own: Callable[..., Any], value: Any, **options: Any) -> Any:
-    return Rounded(rounding(value)) if isinstance(value, NUMBERS) else own(value, **options)
+def _rounding(of_numbers: Callable[[Any], Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rounding of tensors that takes numbers too; torch reads the names of its functions."""
+
+    @wraps(own)
+    def rounded(value: Any, **options: Any) -> Any:
+        return Rounded(of_numbers(value)) if isinstance(value, NUMBERS) else own(value, **options)
+
+    return rounded
