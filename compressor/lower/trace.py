@@ -13,7 +13,7 @@ import torch
 from compressor.errors import CompressorError
 from compressor.lower.size_guards import SizeGuard, size_guards
 from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths
-from compressor.lower.symbolic.whole_numbers import whole_numbers
+from compressor.lower.symbolic.whole_numbers import holds_numbers, whole_numbers
 from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.audio.inputs import SEQUENCE, WAVEFORMS
 from compressor.models.base import first_line
@@ -123,11 +123,24 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
 
 
 def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
-    """Return the program of a model as torch.export traces it, and the same without operators that change tensors."""
+    """Return the program of a model as torch.export traces it, and the same without operators that change tensors.
+
+    A model of one length that cannot be traced as it is, is traced with its whole numbers as numbers of Python.
+    """
+    try:
+        return _programs(model)
+    except Exception:
+        one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
+        if one_length and holds_numbers(model.module):
+            with contextlib.suppress(Exception), whole_numbers(model.module):  # the first error is the one to tell
+                return _programs(model)
+        raise
+
+
+def _programs(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
-    one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
     with (
         suppress_output(),
         forget_results(model.module),
@@ -135,7 +148,6 @@ def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
         as_operators(model.module),
         symbolic_lengths(model.module),
         symbolic_gathers(),
-        whole_numbers(model.module) if one_length else contextlib.nullcontext(),
         without_stack_traces(),
     ):
         traced = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)

@@ -32,6 +32,13 @@ class Rounded:
     int = long = item = to
 
 
+def holds_numbers(module: torch.nn.Module) -> bool:
+    """Return whether a module or one of its parts holds a whole number as a tensor."""
+    parts = list(module.modules())
+    held = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    return any(map(_is_number, [*module.buffers(), *held]))
+
+
 @contextlib.contextmanager
 def whole_numbers(module: torch.nn.Module) -> Iterator[None]:
     """Replace tensors of one whole number in a module and its parts by that number, and round numbers as tensors."""
