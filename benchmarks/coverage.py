@@ -59,8 +59,8 @@ HEADS = (
     "",
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
-# Classes whose small random convolutions give all candidates one score, or depths of 1e-8.
-TIED = ("dfine", "deim", "ppdoclayout", "promptdepth")
+# Classes whose small random convolutions give all candidates one score, depths of 1e-8, or features of length 0.
+TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align")
 GENERATION = "text-generation"  # of texts alone, by the class itself
 LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
@@ -367,6 +367,9 @@ def _of_images(
         if "image_sizes" in rows:
             counts = (rows["image_sizes"] // module.config.patch_size).prod(1).tolist()
             return own_states(module, tensors).numpy(), counts
+        if "pixel_position_ids" in rows:  # one feature for each square of patches
+            patches = (rows["pixel_position_ids"] != -1).all(-1).sum(1)
+            return own_states(module, tensors).numpy(), (patches // module.config.pooling_kernel_size**2).tolist()
         if "image_grid_thw" not in rows:
             return module(**tensors)[answer].numpy(), None
         pixels, grids = tensors.values()
@@ -393,7 +396,9 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     name = session.get_outputs()[0].name
     expected = answer[name] if name in answer else next(iter(answer.values()))
     (value,) = session.run([name], feeds)
-    expected = expected.float().numpy()
+    expected = (expected[0] if isinstance(expected, list | tuple) else expected).float().numpy()
+    if value.shape != expected.shape:
+        raise ValueError(f"output {name} has shape {value.shape}, expected {expected.shape}")
     mask = feeds.get("attention_mask")
     if mask is not None and value.shape[:2] == mask.shape:
         value, expected = value[mask.astype(bool)], expected[mask.astype(bool)]
@@ -423,13 +428,16 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             ids[:, : len(placeholders)] = placeholders
             feeds[name] = np.where(mask == 1, ids, getattr(module.config.get_text_config(), "pad_token_id", None) or 0)
         elif name == "attention_mask":
-            feeds[name] = mask
+            frames = sizes[1] or length  # of sound, a fixed number
+            feeds[name] = np.pad(mask[:, -min(length, frames) :], ((0, 0), (max(0, frames - length), 0)), mode="edge")
         elif name == "position_ids":
             feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
         elif name == "token_type_ids":
             feeds[name] = np.zeros((ROWS, length), np.int64)
         elif name == "decoder_input_ids":
-            feeds[name] = rng.integers(5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, TARGETS))
+            feeds[name] = rng.integers(
+                5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, sizes[1] or TARGETS)
+            )
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
         elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound

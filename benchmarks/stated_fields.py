@@ -17,7 +17,7 @@ STATED: dict[str, dict[str, Any]] = {
     "Apertus1p5VisionTokenizerConfig": {
         "codebook_size": 40, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1,
     },
-    "AlignConfig": {"projection_dim": 640},  # the width of its images, which are not projected
+    "AlignConfig": {"projection_dim": 160},  # the width of its images, which are not projected
     "AlignVisionConfig": {
         "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640, "image_size": 64,
     },
@@ -69,8 +69,11 @@ STATED: dict[str, dict[str, Any]] = {
             "vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0,
         },
     },
-    "MoonshineStreamingConfig": {"num_key_value_heads": 2},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 4},  # its class views queries by them
     "NeoMMEConfig": {"head_dim": 16},
+    "AutoformerConfig": {"num_time_features": 2},
+    "InformerConfig": {"num_time_features": 2},
+    "TimeSeriesTransformerConfig": {"num_time_features": 2},
     "PerceiverConfig": {"num_self_attends_per_block": 2},
     "PerceptionLMConfig": {
         "vision_config": {
@@ -98,7 +101,7 @@ STATED: dict[str, dict[str, Any]] = {
         "pyramid_num_routed": [-1, 4],
     },
     "DPTConfig": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16] * 4},
-    "EfficientLoFTRConfig": {"hidden_size": 256},
+    "EfficientLoFTRConfig": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8},
     "Emu3Config": {
         "vocabulary_map": {"<|extra_200|>": 5, "<image>": 3}
         | {f"<|visual token {each:06d}|>": 10 + each for each in range(8)},
@@ -117,8 +120,13 @@ STATED: dict[str, dict[str, Any]] = {
         "num_patches": 4, "num_res_blocks": 1, "image_token_embed_dim": 32, "projection_dim": 32,
     },
     "JanusVisionConfig": {"num_image_tokens": 16},
+    "LwDetrConfig": {"projector_scale_factors": [1.0]},
     "LwDetrViTConfig": {"image_size": 64, "pretrain_image_size": 64, "patch_size": 4},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "PaddleOCRTextConfig": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
+    },
+    "Step3p7TextConfig": {"sliding_window": 8},
     "WavTokenizerConfig": {"codebook_dim": 32, "codebook_size": 40},
     "WavTokenizerEncoderConfig": {"codebook_dim": 32},
 }  # fmt: skip

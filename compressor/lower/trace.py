@@ -13,7 +13,7 @@ import torch
 from compressor.errors import CompressorError
 from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
 from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths
-from compressor.lower.symbolic.whole_numbers import whole_numbers
+from compressor.lower.symbolic.whole_numbers import holds_numbers, whole_numbers
 from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.audio.inputs import SEQUENCE, WAVEFORMS
 from compressor.models.base import first_line
@@ -182,11 +182,24 @@ def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
 
 
 def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
-    """Return the program of a model as torch.export traces it, and the same without operators that change tensors."""
+    """Return the program of a model as torch.export traces it, and the same without operators that change tensors.
+
+    A model of one length that cannot be traced as it is, is traced with its whole numbers as numbers of Python.
+    """
+    try:
+        return _programs(model)
+    except Exception:
+        one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
+        if one_length and holds_numbers(model.module):
+            with contextlib.suppress(Exception), whole_numbers(model.module):  # the first error is the one to tell
+                return _programs(model)
+        raise
+
+
+def _programs(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
-    one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
     with (
         suppress_output(),
         forget_results(model.module),
@@ -194,7 +207,6 @@ def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
         as_operators(model.module),
         symbolic_lengths(model.module),
         symbolic_gathers(),
-        whole_numbers(model.module) if one_length else contextlib.nullcontext(),
         without_stack_traces(),
     ):
         traced = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
@@ -243,12 +255,12 @@ def _refusal(model: Model, error: Exception) -> TraceError:
         trace_with_guards(one)
     except CompressorError:
         return TraceError(_explain(model, error))
-    unit, kind = _unit(model), KINDS[model.preprocess.kind]
+    unit = _unit(model)
     option = "--no-cache --sequence-length N" if model.task == "text-generation" else "--sequence-length N"
     return OneLengthError(
         f"{model.name} could not be traced by torch.export for any number of {unit} "
         f"({_reason(model, str(error)) or type(error).__name__}); pass {option} to export it for N {unit} alone, "
-        f"{kind}."
+        f"{KINDS[model.preprocess.kind]}."
     )
 
 

@@ -16,6 +16,7 @@ from compressor.models.base import OtherInputsError, first_line
 # The main inputs of models of sound: a waveform, or a spectrogram.
 SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
+MULTIPLE = 19_200  # of a waveform; a multiple of 40, 60, 80 and 120 ms at 16 and 24 kHz
 FRAMES = 128  # of a spectrogram
 STACKED = 120  # of one whose frames are stacked; no multiple of a block of attention, which would be fixed
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
@@ -63,7 +64,7 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
         OtherInputsError: the model fails on every shape that was tried.
     """
     reasons, fixed = [], None
-    for shape, axis in (*sample_shapes(module.config, main), *_stacked(module, main)):
+    for shape, axis in (*sample_shapes(module.config, main), *_stacked(module, main), *_multiples(main)):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
         if reason is not None:
@@ -109,6 +110,13 @@ def sample_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int
     if main == "past_values":
         for length in numbers(config, ("context_length",)):
             yield from (((length, channels), 0) for channels in numbers(config, ("num_input_channels",)))
+
+
+def _multiples(main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of waveforms for models that take multiples of the samples of a frame, such as Muse Spark's."""
+    if main == "input_values":
+        yield (MULTIPLE,), 1
+        yield (1, MULTIPLE), 2
 
 
 def _stacked(module: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:

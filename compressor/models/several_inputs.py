@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy
-from compressor.models.config_shapes import CLIPS, SOUND, numbers, sample_shapes
+from compressor.models.config_shapes import CLIPS, FRAMES, SOUND, numbers, sample_shapes
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import channels_of, configured_size
 from compressor.models.pretrained.loaded import Loaded
@@ -32,6 +32,8 @@ SEQUENCE = "sequence"
 IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_videos")
 # What forward takes in place of another input, or makes itself.
 OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
+NOISE = "noise"  # what a model draws at random if it is not given
+PAIR = 2  # images that a model compares
 # Inputs with a row of numbers for each token or region, by the names of their widths in configs.
 ROWS = {
     "visual_feats": ("visual_feat_dim",),
@@ -41,6 +43,16 @@ ROWS = {
 }
 STATES = ("encoder_hidden_size", "hidden_size", "d_model")
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
+LATENTS = ("latent_dim", "hidden_size")  # widths of what the decoder of a codec reads
+# Inputs of models of time series, with the kind of their values.
+SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
+    "past_values": "values",
+    "past_time_features": "values",
+    "past_observed_mask": "mask",
+    "future_values": "values",
+    "future_time_features": "values",
+    "past_values_padding": "zeros",
+}
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
 TRIALS = 32  # calls until a model is given up
 
@@ -101,9 +113,11 @@ def wrap(loaded: Loaded) -> Model | None:
             f"--image-size is for models of images alone; {loaded.location} takes {', '.join(names)}, with images of "
             "the size in its config: leave --image-size out."
         )
-    varies = _runs(module, forms, 2, SHORTER) is not None
-    fixed = any(ANY in form.shape for form in forms.values()) and not varies
-    example = {name: form.values(2, TOKENS) for name, form in forms.items()}
+    tokens = TOKENS if loaded.sequence_length is None else loaded.sequence_length
+    any_length = any(ANY in form.shape for form in forms.values())
+    _check_length(module, forms, loaded, any_length=any_length)
+    varies = any_length and loaded.sequence_length is None and _runs(module, forms, 2, SHORTER) is not None
+    example = {name: form.values(2, tokens) for name, form in forms.items()}
     axes = {name: form.axes if varies else {0: "batch"} for name, form in forms.items()}
     return Model(
         **loaded.fields | {"task": "feature-extraction"},
@@ -118,15 +132,63 @@ def wrap(loaded: Loaded) -> Model | None:
             "tensor",
             as_numpy(example),
             varying={name: tuple(axis for axis in each if axis) for name, each in axes.items()},
+            padded=loaded.sequence_length,
         ),
         save=partial(_save, module, _preprocessors(loaded, names)),
-        limitations=tuple(_limitations(module, names, outputs, fixed)),
+        limitations=(
+            *_limitations(module, names, outputs),
+            *_of_several(module, example, outputs),
+            *_of_clips(forms),
+            *_of_one_length(tokens, asked=loaded.sequence_length is not None, fixed=any_length and not varies),
+        ),
     )
 
 
+def _check_length(module: Any, forms: Mapping[str, Form], loaded: Loaded, *, any_length: bool) -> None:
+    """Check that a module takes rows of the number of tokens that is asked for.
+
+    Raises:
+        ModelError: its inputs have no number of tokens, or it fails on rows of this one.
+    """
+    length = loaded.sequence_length
+    if length is not None and not (any_length and _runs(module, forms, 2, length) is not None):
+        reason = f"fails on rows of {length} tokens; give another number" if any_length else "takes inputs of one size"
+        raise ModelError(f"--sequence-length {length}, but {loaded.location} {reason}, or leave --sequence-length out.")
+
+
+def _of_several(module: Any, example: Call, outputs: Sequence[str]) -> Iterator[Limitation]:
+    """Yield the outputs that have several tensors under one name, of which the first is taken."""
+    with torch.inference_mode():
+        returned = module(**example, **without_cache(module))
+    for name in outputs:
+        if isinstance(returned[name], list | tuple):
+            reason = f"the model returns {len(returned[name])} tensors, of which the first is one"
+            yield Limitation(f"output {name}", reason)
+
+
+def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
+    """Yield the size of spectrograms and waveforms, which is fixed."""
+    for name, form in forms.items():
+        if name in SOUND:
+            size = " x ".join(map(str, form.shape))
+            yield Limitation("length of the clips", f"the export takes only {name} of {size} values")
+
+
+def _of_one_length(tokens: int, *, asked: bool, fixed: bool) -> Iterator[Limitation]:
+    """Yield the limitation of a model that is exported for rows of one number of tokens."""
+    if asked:
+        yield Limitation("length", f"the export takes only rows of {tokens} tokens; give arrays of as many")
+    elif fixed:
+        yield Limitation("length", f"the model takes rows of {TOKENS} tokens alone, as its call with {SHORTER} fails")
+
+
 def _decodes_tokens(module: Any) -> bool:
-    """Return whether a module is an encoder-decoder of tokens; detectors such as Grounding DINO decode queries."""
-    decodes = "decoder_input_ids" in inspect.signature(module.forward).parameters
+    """Return whether a module is an encoder-decoder of tokens; detectors such as Grounding DINO decode queries.
+
+    The prediction network of a transducer (Parakeet) does not attend to the sound, and takes no mask.
+    """
+    taken = inspect.signature(module.forward).parameters
+    decodes = "decoder_input_ids" in taken and "decoder_attention_mask" in taken
     return decodes and getattr(module.config, "is_encoder_decoder", False)
 
 
@@ -142,15 +204,13 @@ def _save(module: Any, preprocessors: Sequence[Any], folder: Any) -> None:
         save(module, each, {}, folder)
 
 
-def _limitations(module: Any, names: Sequence[str], outputs: Sequence[str], fixed: bool) -> Iterator[Limitation]:
+def _limitations(module: Any, names: Sequence[str], outputs: Sequence[str]) -> Iterator[Limitation]:
     """Yield what was assumed of the inputs and outputs."""
     yield Limitation("preprocessing", f"the data must be arrays by the names of the inputs: {', '.join(names)}")
     yield Limitation("features", f"the outputs are the tensors that the model returns: {', '.join(outputs)}")
     left_out = [name for name in _known(module) if name not in names]
     if left_out:
         yield Limitation(f"input {', '.join(left_out)}", "the model also takes it, but the export does not")
-    if fixed:
-        yield Limitation("length", f"the model takes rows of {TOKENS} tokens alone, as its call with {SHORTER} fails")
 
 
 def _known(module: Any) -> dict[str, tuple[Form, ...]]:
@@ -163,13 +223,19 @@ def _known(module: Any) -> dict[str, tuple[Form, ...]]:
 def _forms(module: Any, name: str) -> Iterator[Form]:
     """Yield the forms in which an input of a name is tried."""
     config = module.config
-    if name.endswith(("input_ids", "task_inputs")):
+    if name == "decoder_input_ids":  # a transducer reads one token, and encoder-decoders are exported as such
+        yield from (Form((1,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
+    elif name == "task_inputs" and hasattr(config, "task_seq_len"):  # OneFormer's, of one length
+        sizes = numbers(config, ("text_encoder_vocab_size",))
+        yield from (Form((config.task_seq_len,), "ids", size) for size in sizes[:1])
+    elif name.endswith(("input_ids", "task_inputs")):
         yield from (Form((ANY,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
     elif name in IMAGES:
         size, channels = configured_size(module), channels_of(module)
         yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
         yield Form((channels, *size), "values")
         yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
+        yield Form((PAIR, channels, *size), "values")
     elif name in SOUND:
         yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
         yield from (Form((1, *shape), "values") for shape, _ in sample_shapes(config, name) if len(shape) > 1)
@@ -181,17 +247,48 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield Form((ANY, 1), "values")
     elif name == "timesteps":
         yield Form((ANY,), "places")
+    elif name == NOISE and hasattr(config, "patch_size"):  # a number for each patch of an image
+        high, wide = configured_size(module)
+        yield Form(((high // config.patch_size) * (wide // config.patch_size),), "values")
     elif name.endswith(("_embeds", "hidden_states")):
-        yield from (Form((ANY, width), "values") for width in numbers(config, STATES))
-    elif name in ("past_values", "past_values_padding"):
-        kind: Literal["values", "zeros"] = "values" if name == "past_values" else "zeros"
-        yield from (Form((length,), kind) for length in numbers(config, ("context_length",)))
+        widths = numbers(config, STATES)
+        yield from (Form((ANY, width), "values") for width in (*widths, *_joined(module, widths)))
+    elif name == "latents":
+        yield from (Form((width, ANY), "values") for width in numbers(config, LATENTS))
+        yield from (Form((ANY, width), "values") for width in numbers(config, LATENTS))
+    elif name in SERIES:
+        yield from _of_series(config, name)
     elif name == "freq":
         yield Form((1,), "zeros")
     elif name == "attention_mask":
-        yield Form((ANY,), "mask")
+        yield Form((FRAMES,) if _reads_sound(module) else (ANY,), "mask")
     elif name == "token_type_ids":
         yield Form((ANY,), "zeros")
+
+
+def _reads_sound(module: Any) -> bool:
+    """Return whether a module takes sound and no text, so that a mask is one of frames."""
+    taken = inspect.signature(module.forward).parameters
+    return "input_ids" not in taken and any(name in taken for name in SOUND)
+
+
+def _joined(module: Any, widths: Sequence[int]) -> list[int]:
+    """Return the widths of states that stand beside each other, as layers of the module read them."""
+    read = dict.fromkeys(part.in_features for part in module.modules() if isinstance(part, torch.nn.Linear))
+    return [size for size in read if any(size > width and size % width == 0 for width in widths)]
+
+
+def _of_series(config: Any, name: str) -> Iterator[Form]:
+    """Yield the forms of an input of a model of time series; earlier values are read again at some lags."""
+    kind = SERIES[name]
+    before = name.startswith("past_")
+    lag = max(getattr(config, "lags_sequence", None) or [0]) if before else 0
+    for length in numbers(config, ("context_length",) if before else ("prediction_length",)):
+        if name.endswith("time_features"):
+            yield from (Form((length + lag, count), kind) for count in numbers(config, ("num_time_features",)))
+            continue
+        yield Form((length + lag,), kind)
+        yield from (Form((length + lag, size), kind) for size in numbers(config, ("input_size",)) if size > 1)
 
 
 def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
@@ -252,11 +349,17 @@ def _tensors(module: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.
         raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
     names = (HIDDEN, *(name for name in returned if name != HIDDEN))
     values = {name: returned.get(name) for name in names}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
-    }
+    found = {name: value for name, value in values.items() if _is_feature(value)}
+    return found or {name: value[0] for name, value in values.items() if _is_first_feature(value)}
+
+
+def _is_first_feature(value: Any) -> TypeGuard[Sequence[torch.Tensor]]:
+    """Return whether the first of several values is a tensor of features, as the maps of a backbone are."""
+    return isinstance(value, list | tuple) and bool(value) and _is_feature(value[0])
+
+
+def _is_feature(value: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
 
 
 def _of_rows(module: Any, forms: Mapping[str, Form], shapes: Mapping[str, torch.Size] | None) -> tuple[str, ...]:

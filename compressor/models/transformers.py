@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
@@ -259,7 +260,8 @@ def _without_head(config: Any, architecture: str, features: str) -> str:
     bare = any(kind.__name__ != architecture for kind in made) and not getattr(config, "is_encoder_decoder", False)
     if bare or hasattr(config, "auto_map"):
         return f"pass --task {features} to export the model without its head"
-    if any(_takes_ids_alone(kind, config) for kind in made if kind.__name__ == architecture):
+    own = [kind for kind in made if kind.__name__ == architecture]
+    if any(_takes_ids_alone(kind, config) or main_input(kind) in (*SOUND, image.INPUT) for kind in own):
         return f"pass --task {features} to export the first output of the model as it is"
     return (
         "pass it as a module of your own, package.module:factory, whose forward takes tensors and returns the output "
@@ -277,13 +279,15 @@ def _takes_ids_alone(kind: Any, config: Any) -> bool:
 def _texts_alone(architecture: str, config: Any) -> str | None:
     """Return how to export a language model of texts and sound; None if it gives no logits for a text alone.
 
-    It is called with shapes alone.
+    It is called with shapes alone. A class that converts weights as it is made is made on the device of shapes.
     """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            reads = reads_texts_alone(with_random_weights(_named(architecture), config))
-    except Exception:  # modules raise errors of all kinds
-        return None
+    reads, shapes = False, FakeTensorMode(allow_non_fake_inputs=True)
+    with contextlib.suppress(Exception), shapes:  # modules raise errors of all kinds
+        reads = reads_texts_alone(with_random_weights(_named(architecture), config))
+    with contextlib.suppress(Exception), torch.device("meta"):
+        module = None if reads else with_random_weights(_named(architecture), config)
+        with shapes:
+            reads = reads or reads_texts_alone(module)
     return f"{TEXTS_ALONE}, or save its encoder of sound alone" if reads else None
 
 
@@ -326,6 +330,11 @@ def _module(
             torch.manual_seed(0)
             return with_random_weights(kind, config), (), ()
     module, info = kind.from_pretrained(location, **options, dtype=torch.float32, output_loading_info=True)
+    named = _named((config.architectures or [""])[0])
+    other = task == GENERATION and _generates(named, config) and type(module) is not named
+    if info["missing_keys"] and other and not hasattr(config, "auto_map"):
+        # The automatic class reads other names: that of Emu3 is its language model alone.
+        module, info = named.from_pretrained(location, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
 
 
@@ -376,7 +385,9 @@ def wrap(loaded: Loaded) -> Model:
 def _wrapped(loaded: Loaded) -> Model:
     """Return the model by the inputs of its task, or by all its inputs if it computes features of several."""
     try:
-        return _of_task(loaded)
+        noisy = several_inputs.NOISE in inspect.signature(loaded.module.forward).parameters
+        with_noise = several_inputs.wrap(loaded) if noisy and loaded.task in FEATURES else None
+        return _of_task(loaded) if with_noise is None else with_noise
     except OtherInputsError:
         model = several_inputs.wrap(loaded) if loaded.task in FEATURES else None
         if model is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import wraps
 from typing import Any
 from unittest import mock
 
@@ -32,6 +32,13 @@ class Rounded:
     int = long = item = to
 
 
+def holds_numbers(module: torch.nn.Module) -> bool:
+    """Return whether a module or one of its parts holds a whole number as a tensor."""
+    parts = list(module.modules())
+    held = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    return any(map(_is_number, [*module.buffers(), *held]))
+
+
 @contextlib.contextmanager
 def whole_numbers(module: torch.nn.Module) -> Iterator[None]:
     """Replace tensors of one whole number in a module and its parts by that number, and round numbers as tensors."""
@@ -48,8 +55,7 @@ def whole_numbers(module: torch.nn.Module) -> Iterator[None]:
                     stack.callback(setattr, part, name, value)
                     vars(part)[name] = value.item()
         for name, rounding in (("ceil", math.ceil), ("floor", math.floor)):
-            replaced = partial(_rounded, rounding, getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, replaced))
+            stack.enter_context(mock.patch.object(torch, name, _rounding(rounding, getattr(torch, name))))
         yield
 
 
@@ -64,5 +70,11 @@ def _restore(part: torch.nn.Module, name: str, value: torch.Tensor, *, persisten
     part.register_buffer(name, value, persistent=persistent)
 
 
-def _rounded(rounding: Callable[[Any], Any], own: Callable[..., Any], value: Any, **options: Any) -> Any:
-    return Rounded(rounding(value)) if isinstance(value, NUMBERS) else own(value, **options)
+def _rounding(of_numbers: Callable[[Any], Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rounding of tensors that takes numbers too; torch reads the names of its functions."""
+
+    @wraps(own)
+    def rounded(value: Any, **options: Any) -> Any:
+        return Rounded(of_numbers(value)) if isinstance(value, NUMBERS) else own(value, **options)
+
+    return rounded

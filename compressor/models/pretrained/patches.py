@@ -16,7 +16,7 @@ from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import image_processor, save
 from compressor.models.pretrained.signature import HIDDEN, Signature, other_features, signature_of, with_own_output
 from compressor.models.vision_language.padded_grids import has_windows, padded_grids
-from compressor.models.vision_language.padded_rows import PaddedPatches, PaddedTower
+from compressor.models.vision_language.padded_rows import PaddedPatches, PaddedTower, PlacedTower
 from compressor.models.vision_language.patch_grids import STACKED, in_rows, shaped
 from runtimes.base.vision_language import GRID, PIXELS, SHORT_GRID
 
@@ -66,7 +66,7 @@ def wrap(loaded: Loaded) -> Model:
     )
 
 
-def wrap_padded(loaded: Loaded, images: PaddedPatches | PaddedTower) -> Model:
+def wrap_padded(loaded: Loaded, images: PaddedPatches | PaddedTower | PlacedTower) -> Model:
     """Return a model whose images are padded, with their sizes.
 
     Raises:
@@ -74,7 +74,7 @@ def wrap_padded(loaded: Loaded, images: PaddedPatches | PaddedTower) -> Model:
     """
     module, axes, example = loaded.module, images.dynamic_axes, images.example()
     inputs = tuple(axes)
-    if isinstance(images, PaddedTower):
+    if isinstance(images, PaddedTower | PlacedTower):
         signature = Signature((HIDDEN,), HIDDEN, images.states)
     else:
         signature = with_own_output(signature_of(loaded.task, inputs), module, example)

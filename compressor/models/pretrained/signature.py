@@ -47,11 +47,19 @@ HIDDEN = "last_hidden_state"
 
 @dataclass(frozen=True)
 class Signature:
-    """The output names of a module for a task, and the function that computes them."""
+    """The output names of a module for a task, and the function that computes them.
+
+    Attributes:
+        outputs: names of the outputs in order.
+        answer: name of the output that quality is measured on.
+        call: calls a module with its inputs.
+        parts: number of tensors under the name of the only output, of which the first is taken.
+    """
 
     outputs: tuple[str, ...]
     answer: str
     call: Callable[..., tuple[torch.Tensor, ...]]
+    parts: int = 1
 
 
 def signature_of(task: str, inputs: tuple[str, ...]) -> Signature:
@@ -88,7 +96,8 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
             f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
             f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
         ) from error
-    return Signature((name,), name, partial(signature.call, told=told))
+    parts = len(returned[name]) if isinstance(returned[name], list | tuple) else 1
+    return Signature((name,), name, partial(signature.call, told=told), parts)
 
 
 def _is_renamed(signature: Signature, module: Any, values: Mapping[str, torch.Tensor]) -> bool:
@@ -105,20 +114,25 @@ def _is_renamed(signature: Signature, module: Any, values: Mapping[str, torch.Te
 def other_features(signature: Signature) -> Iterator[Limitation]:
     """Yield a limitation for features that are no hidden states, see `with_own_output`."""
     (*others, name) = signature.outputs
-    if not others and name != HIDDEN and (name,) not in OUTPUTS.values():
+    if signature.parts > 1:
+        yield Limitation("features", f"the model returns {signature.parts} tensors as {name}; this is the first")
+    elif not others and name != HIDDEN and (name,) not in OUTPUTS.values():
         yield Limitation("features", f"the model returns no {HIDDEN}, so its features are the output {name}")
 
 
 def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
     """Return the name and value of the hidden states in an output, else of its first tensor of floats.
 
+    Of an output that has only several tensors under one name, such as the logits of MGP-STR, it is the first.
+
     Raises:
         TypeError: there is none.
     """
     if not isinstance(returned, Mapping):
         raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
-    entries = ((name, returned[name]) for name in (HIDDEN, *returned) if name in returned)
-    for name, value in entries:
+    entries = [(name, returned[name]) for name in (HIDDEN, *returned) if name in returned]
+    firsts = [(name, value[0]) for name, value in entries if isinstance(value, list | tuple) and value]
+    for name, value in (*entries, *firsts):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
             return name, value
     raise TypeError(f"it returns no tensor of features, only {', '.join(returned)}")

@@ -16,6 +16,8 @@ import torch
 from compressor.models.vision_language.padded_images import TOWER, PaddedImages, compact, encoded
 from runtimes.base.vision_language import PIXELS, PLACES, SHAPES, SIZES
 
+TOWER_PLACES = "pixel_position_ids"
+PLACED = ("patch_embedder", "encoder", "pooler")  # of a tower of the form of Gemma 4
 PATCH_MASK, HIDDEN = "pixel_attention_mask", "last_hidden_state"
 SIDES = ((4, 6), (3, 2))  # height and width of the images of the example, in patches
 SQUARES = ((3, 4), (2, 3))  # the same in image tokens
@@ -127,13 +129,38 @@ class PlacedPatches:
         return example
 
 
+class PlacedTower(PlacedPatches):
+    """Patches with their places, ``pixel_position_ids``, for a vision tower of the form of Gemma 4 alone."""
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Return the inputs in order with their dynamic axes."""
+        return {PIXELS: {0: "batch", 1: "patches"}, TOWER_PLACES: {0: "batch", 1: "patches"}}
+
+    def example(self) -> Tensors:
+        """Return two images of random pixels, of which the second is smaller."""
+        found = super().example()
+        return {PIXELS: found[PIXELS], TOWER_PLACES: found[PLACES]}
+
+    def states(self, module: Any, pixels: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the states of squares of patches [rows, squares, width], with zeros behind those of an image."""
+        torch._check(pixels.shape[1] == places.shape[1])
+        padding = (places == -1).all(-1)
+        found = self._pooled(module, pixels, places, padding)
+        known = torch.arange(found.shape[1])[None] < (~padding).sum(1, keepdim=True) // self.merge**2
+        return (torch.where(known[..., None], found, 0.0),)
+
+    def counts(self, example: Mapping[str, torch.Tensor]) -> list[int]:
+        """Return the number of states of each image."""
+        found: list[int] = ((example[TOWER_PLACES] != -1).all(-1).sum(1) // self.merge**2).tolist()
+        return found
+
+
 def placed_patches(module: Any) -> PlacedPatches | str:
     """Return the images of a model of the form of Gemma 4, or what it lacks, a clause without a full stop."""
     model, config = getattr(module, "model", module), module.config.vision_config
     tower = getattr(model, "vision_tower", None)
-    missing = [
-        name for name in ("patch_embedder", "encoder", "pooler") if tower is not None and not hasattr(tower, name)
-    ]
+    missing = [name for name in PLACED if tower is not None and not hasattr(tower, name)]
     missing += [] if hasattr(model, "embed_vision") else ["embed_vision"]
     if missing:
         return f"takes {PLACES} beside the pixels, but has no {' and '.join(missing)}, as Gemma 4 has"
@@ -156,8 +183,13 @@ class PaddedTower(PaddedImages):
         hidden, _, wide = encoded(module, pixels, sizes, len(module.transformer.layers))
         return (compact(hidden, sizes // self.side, wide),)
 
+    def counts(self, example: Mapping[str, torch.Tensor]) -> list[int]:
+        """Return the number of states of each image."""
+        found: list[int] = (example[SIZES] // self.side).prod(1).tolist()
+        return found
 
-def padded_rows(module: Any) -> PaddedPatches | PaddedTower | None:
+
+def padded_rows(module: Any) -> PaddedPatches | PaddedTower | PlacedTower | None:
     """Return the images of a vision model that takes them padded, with their sizes; None for other models."""
     taken = inspect.signature(module.forward).parameters
     if PIXELS not in taken or "input_ids" in taken:
@@ -165,6 +197,9 @@ def padded_rows(module: Any) -> PaddedPatches | PaddedTower | None:
     config = getattr(module.config, "vision_config", module.config)
     if SHAPES in taken and PATCH_MASK in taken:
         return PaddedPatches(config.num_channels * config.patch_size**2)
+    if TOWER_PLACES in taken and all(hasattr(module, name) for name in PLACED):
+        placed = PlacedTower(3 * config.patch_size**2, config.pooling_kernel_size)
+        return placed if _agrees(module, placed) else None
     if SIZES in taken and all(hasattr(module, name) for name in TOWER):
         images = PaddedTower(config.patch_size, config.num_channels)
         return images if _agrees(module, images) else None
@@ -177,10 +212,10 @@ def own_states(module: Any, example: Mapping[str, torch.Tensor]) -> torch.Tensor
         return module(**example)[HIDDEN].flatten(0, -2)  # type: ignore[no-any-return]
 
 
-def _agrees(module: Any, images: PaddedTower) -> bool:
+def _agrees(module: Any, images: PaddedTower | PlacedTower) -> bool:
     """Return whether the states of a tower are those of its own forward."""
     example = images.example()
-    counts = (example[SIZES] // images.side).prod(1).tolist()
+    counts = images.counts(example)
     with torch.inference_mode():
         (found,) = images.states(module, *example.values())
     kept = torch.cat([row[:count] for row, count in zip(found, counts, strict=True)])

@@ -2,8 +2,11 @@
 
 import torch
 
+from compressor import models
 from compressor.lower.symbolic.sizes import symbolic_gathers
 from compressor.lower.symbolic.whole_numbers import whole_numbers
+from compressor.lower.trace import trace
+from passes.execute.interpreter import run
 
 LENGTH = 13
 
@@ -49,3 +52,28 @@ def test_distances_do_not_ask_for_the_rows_of_one_side_where_those_of_the_other_
     for rows in (2, 40):
         values = torch.randn(rows, 2)
         torch.testing.assert_close(program.module()(values), Nearest()(values))
+
+
+class Scaled(torch.nn.Module):
+    """Reads a whole number as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, values):
+        return values + values * self.steps.float()
+
+
+def test_a_number_that_is_read_as_a_tensor_stays_one():
+    model = models.load(Scaled(), example_inputs=torch.randn(2, 4))
+    graph = trace(model)
+    values = torch.randn(3, 4)
+    torch.testing.assert_close(run(graph, {model.inputs[0]: values})[0], values * 4)
+
+
+def test_a_module_of_fixed_sizes_is_traced_with_its_numbers_if_it_cannot_be_otherwise():
+    model = models.load(Padded(), example_inputs=torch.randn(2, LENGTH))
+    graph = trace(model)
+    clips = torch.randn(3, LENGTH)
+    torch.testing.assert_close(run(graph, {model.inputs[0]: clips})[0], Padded()(clips))

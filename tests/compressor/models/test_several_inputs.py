@@ -35,6 +35,17 @@ CASES = {
         {"hidden_size": 16, "n_layer": 1, "n_head": 2, "state_dim": 5, "act_dim": 3, "max_ep_len": 40, "vocab_size": 8}
         | {"bos_token_id": 1, "eos_token_id": 2},
     ),
+    "an image and the noise that hides patches": (
+        "ViTMAEModel",
+        "ViTMAEConfig",
+        SMALL | {"image_size": 32, "patch_size": 8, "mask_ratio": 0.5},
+    ),
+    "a series with lags, and what comes behind it": (
+        "TimeSeriesTransformerModel",
+        "TimeSeriesTransformerConfig",
+        {"prediction_length": 4, "context_length": 6, "lags_sequence": [1, 2, 5], "num_time_features": 2, "d_model": 16}
+        | {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    ),
     "a series and its frequency": (
         "TimesFmModel",
         "TimesFmConfig",
@@ -131,3 +142,57 @@ def test_a_decoder_of_queries_is_no_encoder_decoder_of_texts(tmp_path):
     name, config, fields = CASES["boxes beside words"]
     model = models.load(save_model(tmp_path, name, config, **fields, is_encoder_decoder=True))
     assert {"input_ids", "bbox"} <= set(model.inputs)
+
+
+def test_noise_that_a_class_draws_is_an_input(tmp_path):
+    """The class hides other patches with every call, and was refused as one that draws random numbers."""
+    model = loaded("an image and the noise that hides patches", tmp_path)
+    assert model.inputs == ("pixel_values", "noise")
+    assert model.example["noise"].shape == (2, 16)
+
+
+def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):
+    encoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder |= {"num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3}
+    fields = {"encoder_config": encoder, "vocab_size": 20, "decoder_hidden_size": 16, "blank_token_id": 19}
+    folder = save_model(tmp_path / "m", "ParakeetForRNNT", "ParakeetRNNTConfig", **fields)
+    with pytest.raises(ModelError, match="pass --task feature-extraction to export the first output of the model as"):
+        models.load(folder)
+    model = models.load(folder, task="feature-extraction")
+    assert model.inputs == ("input_features", "attention_mask", "decoder_input_ids")
+    assert {name: value.shape[1] for name, value in model.example.items()} == {
+        "input_features": 128, "attention_mask": 128, "decoder_input_ids": 1
+    }  # fmt: skip
+    assert any("only input_features of 128 x 16 values" in each.reason for each in model.limitations)
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits.numpy()
+    (found,) = session.run(["logits"], feeds)
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
+def test_a_matcher_takes_pairs_of_images_and_gives_the_first_of_its_maps(tmp_path):
+    fields = {"stage_num_blocks": [1, 1, 1, 1], "num_attention_layers": 1}
+    model = models.load(save_model(tmp_path, "EfficientLoFTRModel", "EfficientLoFTRConfig", **fields))
+    assert model.example["pixel_values"].shape[:3] == (2, 2, 3)
+    with torch.inference_mode():
+        (found,) = model.call(model.module, model.example["pixel_values"])
+        expected = model.module(model.example["pixel_values"]).feature_maps[0]
+    assert model.outputs == ("feature_maps",)
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_of_one_length(tmp_path):
+    name, config, fields = CASES["boxes beside words"]
+    folder = save_model(tmp_path, name, config, **fields)
+    model = models.load(folder, sequence_length=7)
+    assert {axis for axes in model.dynamic_axes.values() for axis in axes.values()} == {"batch"}
+    assert model.example["bbox"].shape == (2, 7, 4)
+    assert model.preprocess.padded == 7
+    assert any("only rows of 7 tokens" in each.reason for each in model.limitations)
+    with pytest.raises(ModelError, match="fails on rows of 99 tokens; give another number"):
+        models.load(folder, sequence_length=99)
+    other = save_model(tmp_path / "noise", *CASES["an image and the noise that hides patches"][:2])
+    with pytest.raises(ModelError, match="takes inputs of one size, or leave --sequence-length out"):
+        models.load(other, sequence_length=7)

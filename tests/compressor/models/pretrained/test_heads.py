@@ -241,3 +241,41 @@ def test_a_detector_without_boxes_gives_its_map_as_features(tmp_path):
         map(str, model.limitations)
     )
     assert_traced_as_hidden_states(model, module, 64, 96)
+
+
+def test_a_head_with_several_outputs_gives_the_first(tmp_path):
+    """The logits of MGP-STR are three, of characters and of two kinds of tokens."""
+    fields = {"image_size": [32, 64], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "max_token_length": 5}
+    fields |= {"num_character_labels": 7, "num_bpe_labels": 9, "num_wordpiece_labels": 11, "num_attention_heads": 2}
+    module = transformers.MgpstrForSceneTextRecognition(transformers.MgpstrConfig(**fields)).eval()
+    folder = saved(module, tmp_path / "m")
+    with pytest.raises(ModelError, match="pass --task image-feature-extraction to export the first output of the mod"):
+        models.load(folder)
+    model = models.load(folder, task="image-feature-extraction")
+    assert model.outputs == ("logits",)
+    with torch.inference_mode():
+        (found,) = model.call(model.module, model.example["pixel_values"])
+        expected = module(model.example["pixel_values"]).logits[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_named_class_generates_if_the_automatic_one_reads_other_weights(tmp_path):
+    """That of Emu3 is its language model alone, whose weights have other names in the whole checkpoint."""
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 32, "vocab_size": 120, "pad_token_id": 0, "max_position_embeddings": 64}
+    pictures = {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}
+    tokens = {"<|extra_200|>": 5, "<image>": 3} | {f"<|visual token {each:06d}|>": 10 + each for each in range(8)}
+    config = transformers.Emu3Config(vq_config=pictures, text_config=text, vocabulary_map=tokens)
+    module = transformers.Emu3ForConditionalGeneration(config).eval()
+    model = models.load(saved(module, tmp_path / "m"), task="text-generation")
+    assert type(model.module).__name__ == "Emu3ForConditionalGeneration"
+    assert not model.untrained
+
+
+def test_waveforms_of_whole_frames_are_found(tmp_path):
+    config = transformers.AutoConfig.for_model(
+        "muse_spark_audio", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=32, head_dim=8,
+    )  # fmt: skip
+    model = models.load(saved(transformers.AutoModel.from_config(config), tmp_path / "m"))
+    assert model.example["input_values"].shape[-1] % 1_920 == 0

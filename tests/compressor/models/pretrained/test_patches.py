@@ -171,3 +171,20 @@ def test_a_tower_with_another_forward_is_not_taken_for_that_of_pixtral(tmp_path,
 
     monkeypatch.setattr(transformers.PixtralVisionModel, "forward", negated)
     assert models.load(folder).inputs == ("pixel_values",)
+
+
+def test_a_tower_of_the_form_of_gemma_4_takes_patches_with_their_places(tmp_path):
+    shape = {"patch_size": PATCH, "head_dim": 8, "num_key_value_heads": 4, "pooling_kernel_size": 2}
+    module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model("gemma4_vision", **SMALL, **shape))
+    model = models.load(saved(module, tmp_path / "m"))
+    assert (model.inputs, model.outputs) == (("pixel_values", "pixel_position_ids"), ("last_hidden_state",))
+    lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
+    rows = {name: value.numpy()[[1, 0, 1]] for name, value in model.example.items()}
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, rows)
+    counts = (rows["pixel_position_ids"] != -1).all(-1).sum(1) // 4
+    assert len(set(counts)) == 2
+    expected = own_states(module.eval(), {name: torch.from_numpy(value) for name, value in rows.items()}).numpy()
+    kept = np.concatenate([row[:count] for row, count in zip(found, counts, strict=True)])
+    np.testing.assert_allclose(kept, expected, atol=CLOSE * np.abs(expected).max())
+    assert not found[0, counts[0] :].any()
