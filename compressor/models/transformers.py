@@ -261,7 +261,7 @@ def _without_head(config: Any, architecture: str, features: str) -> str:
     if bare or hasattr(config, "auto_map"):
         return f"pass --task {features} to export the model without its head"
     own = [kind for kind in made if kind.__name__ == architecture]
-    if any(_takes_ids_alone(kind, config) or main_input(kind) in (*SOUND, image.INPUT) for kind in own):
+    if any(_takes_ids_alone(kind, config) or takes_sound(kind) or _takes_images_alone(kind, config) for kind in own):
         return f"pass --task {features} to export the first output of the model as it is"
     return (
         "pass it as a module of your own, package.module:factory, whose forward takes tensors and returns the output "
@@ -274,6 +274,24 @@ def _takes_ids_alone(kind: Any, config: Any) -> bool:
     taken = inspect.signature(kind.forward).parameters
     other = any(name in taken for name in (*SOUND, image.INPUT))
     return main_input(kind) == "input_ids" and not other and hasattr(config.get_text_config(), "vocab_size")
+
+
+def _takes_images_alone(kind: Any, config: Any) -> bool:
+    """Return whether a class takes images alone, one for each row, and refuses none by their form, as LightGlue does.
+
+    It is called with shapes alone, with which a class that reads a value fails; that says nothing of images.
+    """
+    if main_input(kind) != image.INPUT:
+        return False
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+            module = with_random_weights(kind, config)
+            module(torch.zeros(1, image.channels_of(module), *image.configured_size(module)))
+    except (TypeError, ValueError):
+        return False
+    except Exception:  # modules raise errors of all kinds
+        return True
+    return True
 
 
 def _texts_alone(architecture: str, config: Any) -> str | None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.models import SAMPLE, ModelError, load
 from compressor.models.base import first_line, hub_error_reason, load_error_reason
-from compressor.models.pretrained.text import _text_example
+from compressor.models.pretrained.text import _Lengths, _text_example
 
 FACTORIES = """
 import torch
@@ -411,27 +411,29 @@ HIGGS |= dict.fromkeys(
 
 
 @pytest.mark.parametrize(
-    ("head", "config", "sizes", "works"),
+    ("head", "config", "sizes", "task"),
     [
-        ("HiggsAudioV2ForConditionalGeneration", "HiggsAudioV2Config", HIGGS, True),
-        ("MgpstrForSceneTextRecognition", "MgpstrConfig", {}, False),
+        ("HiggsAudioV2ForConditionalGeneration", "HiggsAudioV2Config", HIGGS, "feature-extraction"),
+        ("MgpstrForSceneTextRecognition", "MgpstrConfig", {}, "image-feature-extraction"),
     ],
 )
 def test_a_refusal_of_a_head_names_task_only_if_it_helps(
-    tmp_path: Path, head: str, config: str, sizes: dict[str, int], works: bool
+    tmp_path: Path, head: str, config: str, sizes: dict[str, int], task: str
 ) -> None:
     """The automatic model of these types is the class with the head."""
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | sizes
     folder = saved(tmp_path / "m", head, config, small)
-    with pytest.raises(ModelError, match=f"is a {head}, a head that is not supported; ") as refusal:
+    with pytest.raises(ModelError, match=f"is a {head}, a head that is not supported; .*pass --task {task} to export"):
         load(folder)
-    assert ("pass --task feature-extraction to export" in str(refusal.value)) == works
-    if works:
-        assert load(folder, task="feature-extraction").outputs == ("logits",)
-        return
-    assert ", or pass it as a module of your own, package.module:factory" in str(refusal.value)
-    with pytest.raises(ModelError, match="does not compute features"):
-        load(folder, task="image-feature-extraction")
+    assert load(folder, task=task).outputs == ("logits",)
+
+
+def test_a_refusal_of_pairs_of_images_names_no_task(tmp_path: Path) -> None:
+    sizes = {"descriptor_dim": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = saved(tmp_path / "m", "LightGlueForKeypointMatching", "LightGlueConfig", sizes)
+    with pytest.raises(ModelError, match=r"a head that is not supported; .*pass it as a module of your") as refusal:
+        load(folder)
+    assert "--task" not in str(refusal.value)
 
 
 def sentence(folder: Path, pooling: str) -> Path:
@@ -614,4 +616,4 @@ def test_a_config_without_the_size_of_its_vocabulary_is_refused():
     """The token ids of the example are drawn from the vocabulary."""
     config = SimpleNamespace(get_text_config=SimpleNamespace)
     with pytest.raises(ModelError, match=r"config of a SimpleNamespace has no vocab_size.*package\.module:factory"):
-        _text_example(SimpleNamespace(config=config), ("input_ids", "attention_mask"), None, 3)
+        _text_example(SimpleNamespace(config=config), ("input_ids", "attention_mask"), _Lengths(3, None, None))
