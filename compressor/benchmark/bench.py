@@ -121,6 +121,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
             *_last_logits(runner),
             *_weight_types(runner.entries),
             *_one_call(runner),
+            *_of_modules(folders),
         ),
     )
 
@@ -139,6 +140,16 @@ def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
                 f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
                 "are not those of a device with fp16 arithmetic."
             )
+
+
+def _of_modules(folders: Mapping[str, ExportFolder]) -> Iterator[str]:
+    """Yield what is not compared between folders of modules of one's own, which say nothing of their preprocessing."""
+    names = [name for name, folder in folders.items() if folder.needs_module]
+    if len(names) > 1:
+        yield (
+            f"{', '.join(names)} are of modules of your own: their inputs have the same names and shapes, but it is "
+            "not known whether they were made for the same values, such as one normalization."
+        )
 
 
 def _one_call(runner: BenchRunner) -> Iterator[str]:

@@ -5,7 +5,9 @@ Heavy imports are inside the commands, so that `--help` is fast.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +23,10 @@ from compressor.cli.interrupts import exit_on_signals
 from compressor.cli.options import argument_help, field_options, quiet_option
 from compressor.cli.param_types import command_line, console, filter_library_logs, print_table
 from compressor.commands import EXPORT, INSPECT, SUBJECT, SWEEP, InspectSettings, SweepSettings
-from compressor.errors import CompressorError, SettingsError
+from compressor.errors import CompressorError, SettingsError, Terminated
 from compressor.settings import Settings
 
+REPEAT = "Repeat the command to resume an interrupted search."
 MODEL_HELP = argument_help(Settings, "model")
 
 
@@ -31,7 +34,7 @@ class Failing(click.Group):
     """A group that reports every user error as one sentence on standard error and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; exit with status 1 for a failure, 2 for wrong usage, 130 for an interrupt."""
+        """Run a command; exit with status 1 for a failure, 2 for wrong usage, 130 for an interrupt, 143 for SIGTERM."""
         filter_library_logs()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names may be no text in its encoding
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -41,7 +44,12 @@ class Failing(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted; no output was written. Repeat the command to resume an interrupted search.", 130)
+            _fail(f"interrupted; no output was written. {REPEAT}", 130)
+        except Terminated as ended:
+            with contextlib.suppress(OSError):  # after SIGHUP, the terminal is gone
+                name = signal.Signals(int(str(ended.code)) - 128).name
+                click.echo(f"Error: ended by {name}; no output was written. {REPEAT}", err=True)
+            raise
         except MemoryError:
             _fail("out of memory; give fewer --samples, or use a machine with more memory.", 1)
         except OSError as error:

@@ -283,8 +283,13 @@ def _decided(
         healing = max(healing - (time.perf_counter() - start), 0.0)
         try:
             shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
-        except NothingToQuantizeError:
-            count = rewritten.choice.count
+        except NothingToQuantizeError as error:
+            count, changes = rewritten.choice.count, len(rewritten.choice.plan.changes)
+            if decision is None and changes:
+                raise NothingToQuantizeError(
+                    f"a plan of {changes} changes leaves no layer for {settings.precision}, though the original has "
+                    f"some ({str(error).partition(', so')[0]}); give a smaller --drop, or another precision."
+                ) from error
             if decision is None or not count:  # without a change, nothing milder is left
                 raise
             steps.warn(f"a plan of {count} changes leaves no layer for {settings.precision}, so fewer are made")

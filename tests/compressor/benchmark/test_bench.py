@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import compressor
 from compressor import CompressorError, models
-from compressor.benchmark.bench import _hidden_overflow, _load, bench
+from compressor.benchmark.bench import _hidden_overflow, _load, _of_modules, bench
 from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.results import Comparison
@@ -424,3 +424,13 @@ def test_memory_is_that_of_a_process_with_the_engine(exported: tuple[Path, Repor
     assert memory is None or 1_000_000 < memory.before < memory.peak  # None if the system does not report it
     with pytest.raises(peak_memory.PeakMemoryError, match=r"memory of none\.onnx failed \(.*There is no ONNX file"):
         peak_memory.measure("onnxruntime", exported[0] / "none.onnx", ONE, feeds)
+
+
+def test_what_is_not_compared_between_modules_of_ones_own_is_said() -> None:
+    own, other = SimpleNamespace(needs_module=True), SimpleNamespace(needs_module=False)
+    found: Any = {"a": own, "b": other, "c": own}
+    (note,) = _of_modules(found)
+    assert note.startswith(
+        "a, c are of modules of your own: their inputs have the same names and shapes, but it is not"
+    )
+    assert not list(_of_modules({"a": found["a"], "b": found["b"]}))

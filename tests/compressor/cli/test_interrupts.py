@@ -39,6 +39,7 @@ def test_a_signal_in_a_destructor_ends_the_command(number: signal.Signals, statu
     assert (done.returncode, done.stdout) == (status, "")
     assert "Traceback" not in done.stderr
     assert ("interrupted; no output was written" in done.stderr) == (number == signal.SIGINT)
+    assert (f"ended by {number.name}; no output was written" in done.stderr) == (number != signal.SIGINT)
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

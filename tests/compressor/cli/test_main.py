@@ -419,7 +419,9 @@ def test_interrupt_prints_one_line_and_leaves_at_most_a_journal(
             process.kill()
     assert (process.returncode, out) == (status, "")
     sentences = [line for line in err.splitlines() if not line.startswith("✓")]
-    assert sentences == ([INTERRUPTED] if number == signal.SIGINT else [])
+    assert sentences == [
+        INTERRUPTED if number == signal.SIGINT else INTERRUPTED.replace("interrupted", "ended by SIGTERM", 1)
+    ]
     assert {path.name for path in tmp_path.iterdir()} <= left
 
 

@@ -153,8 +153,12 @@ def test_a_plan_that_leaves_no_layer_for_int8_is_made_milder(
     report = compressor.export(**narrow | {"drop": "auto", "cost": "macs", "max_loss": 95.0})
     assert len(report.plan.changes) == 1
     assert report.precision["result"]["nodes"] == 1
-    with pytest.raises(CompressorError, match=r"so there is nothing to quantize to int8; choose another precision\.$"):
-        compressor.export(**narrow | {"drop": "other:2", "force": True})
+    for options in ({}, {"factorial": True}, {"precision": "int4"}):
+        sentence = (
+            r"^a plan of 2 changes leaves no layer for int., though the original has some \(.*\); give a smaller --drop"
+        )
+        with pytest.raises(CompressorError, match=sentence):
+            compressor.export(**narrow | {"drop": "other:2", "force": True} | options)
 
 
 def test_exact_rewrites_that_leave_no_layer_for_int8_end_in_an_error(narrow: dict[str, Any]) -> None:
