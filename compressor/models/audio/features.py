@@ -91,8 +91,15 @@ def noise(rate: int, seconds: float) -> Array:
 
 
 def _extracted(extractor: Any, clips: Sequence[Array], rate: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    values: Mapping[str, Any] = extractor(list(clips), sampling_rate=rate, return_tensors="np", **options)
-    return values
+    """Return what an extractor returns for clips, as arrays; OmniASR's and a few others return tensors only."""
+    values: Mapping[str, Any]
+    try:
+        values = extractor(list(clips), sampling_rate=rate, return_tensors="np", **options)
+    except ValueError as error:
+        if "return_tensors" not in str(error):
+            raise
+        values = extractor(list(clips), sampling_rate=rate, return_tensors="pt", **options)
+    return {name: np.asarray(value) for name, value in values.items()}
 
 
 def _of_model(name: str, values: Any) -> Array:

@@ -104,7 +104,9 @@ def test_all_class_folders_and_other_forms_of_labels_are_accepted(tmp_path: Path
         Image.new("L", (8, 8), number).save(flat / f"{number}.png")
     assert checked(sample, flat).label_kind is None
     features = models.load(None, task="image-feature-extraction")
-    assert checked(features, pictures(tmp_path / "part", 3)).label_kind == "class"
+    found = checked(features, pictures(tmp_path / "part", 3))  # features are not measured with classes
+    assert found.label_kind is None
+    assert [each.feature for each in found.limitations] == ["labels"]
 
 
 def test_too_high_labels_are_refused(tmp_path: Path) -> None:

@@ -22,6 +22,23 @@ def test_waveforms_follow_the_clips_and_are_those_of_the_extractor(masked):
         np.testing.assert_array_equal(value, expected[name])
 
 
+def test_extractors_of_tensors_alone_are_read():
+    """OmniASR's refuses return_tensors="np"."""
+
+    class Tensors(transformers.Wav2Vec2FeatureExtractor):
+        def __call__(self, clips, return_tensors=None, **options):
+            if return_tensors != "pt":
+                raise ValueError("Tensors only supports `return_tensors='pt'`.")
+            return super().__call__(clips, return_tensors=return_tensors, **options)
+
+    clips = [noise(RATE, 0.3), noise(RATE, 0.2)]
+    for extractor in (Tensors(), transformers.OmniASRFeatureExtractor()):
+        found = find_features(extractor, "input_values")
+        assert found.inputs[0] == "input_values"
+        expected = extractor(clips, sampling_rate=RATE, return_tensors="pt", padding=True)
+        np.testing.assert_array_equal(found(clips)["input_values"], expected["input_values"].numpy())
+
+
 def test_clips_of_any_length_are_cut():
     found = find_features(transformers.Wav2Vec2FeatureExtractor(), "input_values")
     assert found([noise(RATE, USUAL + 1.0)])["input_values"].shape == (1, round(USUAL * RATE))
