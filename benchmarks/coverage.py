@@ -154,10 +154,10 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     try:
         module = small_model(model_type)
         module.save_pretrained(folder / "model")
-        preprocessor = preprocessor_of(module)
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
+    preprocessor = _suitable(module)
     if preprocessor is not None:
         preprocessor = preprocessor.saved(folder / "model")
         found["preprocessor"] = ", ".join(preprocessor.names)
@@ -172,6 +172,14 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
         if other["outcome"] == "passes":
             return {**found, **other, "option": " ".join(options)}
     return found
+
+
+def _suitable(module: Any) -> Preprocessor | None:
+    """Return the default preprocessor of a model; None without one, or if it cannot be made by default."""
+    try:
+        return preprocessor_of(module)
+    except Exception:  # any error of transformers, such as a field without a default, or a package that is missing
+        return None
 
 
 def _way_round(found: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:

@@ -203,10 +203,7 @@ def _feature_extractor(config: Any) -> Any:
         and taken["feature_size"].default == taken["num_mel_bins"].default
     ):
         fields["feature_size"] = channels
-    try:
-        return kind(**fields)
-    except ImportError:  # Granite Speech's needs torchaudio
-        return None
+    return kind(**fields)
 
 
 def small_tokenizer(config: Any) -> Any:

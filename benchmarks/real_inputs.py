@@ -6,6 +6,7 @@ of transformers makes of the same files.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import wave
 from collections.abc import Iterator, Sequence
@@ -104,15 +105,16 @@ def _extracted(extractor: Any, clips: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return what an extractor makes of clips, padded to the longest where it does not pad by itself."""
 
     def arrays(**options: Any) -> dict[str, Any]:
-        found = extractor(list(clips), sampling_rate=extractor.sampling_rate, return_tensors="np", **options)
+        options = {"return_tensors": "np", "sampling_rate": extractor.sampling_rate} | options
+        found = extractor(list(clips), **options)
         return {
             name: np.asarray(each, np.int64 if name.endswith("mask") else np.float32) for name, each in found.items()
         }
 
-    try:
-        return arrays()
-    except (ValueError, TypeError):  # rows of several lengths are no array
-        return arrays(padding=True)
+    for options in ({}, {"padding": True}, {"padding": True, "return_tensors": "pt"}):
+        with contextlib.suppress(ValueError, TypeError):  # rows of several lengths are no array; some give tensors only
+            return arrays(**options)
+    raise OtherInputsError(f"{type(extractor).__name__} does not take clips of several lengths")
 
 
 def _clip(path: Path) -> np.ndarray:

@@ -79,6 +79,11 @@ def coverage_table(found: Row) -> str:
         f"{count} architectures were judged; {left} others could not be made small by the names of their fields, or "
         f"are parts of another model. The largest difference of a file that passes is {largest:.1e}.",
     ]
+    prepared = sum("preprocessor" in row and row["outcome"] == "passes" for row in judged.values())
+    if prepared:
+        lines[-1] += (
+            f" {prepared} of those that pass read files by the default preprocessor of their class or a tokenizer."
+        )
     lines += [f"- fault, {name}: {row['detail']}" for name, row in judged.items() if row["outcome"] == "fault"]
     return "\n".join(lines)
 
