@@ -155,7 +155,7 @@ def test_a_refusal_names_no_cache_only_if_it_helps(kind: str, tmp_path: Path) ->
         assert "; pass --no-cache to export without a cache, so every new token" in str(refusal.value)
         assert len(traced_model.load(without, Steps(None)).sites) == 2
         return
-    with pytest.raises(TraceError, match=r"; pass --no-cache --sequence-length N to export it for N tokens al") as other:
+    with pytest.raises(TraceError, match=r"; pass --no-cache --sequence-length N to export it for N tok") as other:
         traced_model.load(without, Steps(None))
     assert str(refusal.value).endswith(f", and without one, {other.value}")
     one = traced_model.load(replace(without, sequence_length=9), Steps(None))
