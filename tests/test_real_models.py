@@ -76,8 +76,9 @@ def test_rewritten_graph_surgery_by_hand_and_onnx_file_agree(deit, drop, tmp_pat
     with torch.inference_mode():
         by_hand = surgery(feeds["pixel_values"])
     (by_rewrite,) = run(rewritten, feeds)
-    # Adding zeros and not adding are the same arithmetic: only the order of float32 sums inside an operator may differ.
-    torch.testing.assert_close(by_rewrite, by_hand, rtol=0, atol=1e-5)
+    # Adding zeros and not adding are the same arithmetic: only the order of float32 sums inside an operator may differ,
+    # as it does where linear layers run in oneDNN. Logits reach 20.
+    torch.testing.assert_close(by_rewrite, by_hand, rtol=0, atol=1e-4)
 
     path = lower(rewritten, model, tmp_path / "model.onnx")
     with target.load(path, BuildOptions(threads=1)) as engine:

@@ -271,7 +271,9 @@ def test_layers_of_different_widths_keep_their_names(tmp_path):
         assert_same_generation(opened(fork, model, tmp_path / "pruned.onnx"), module, causal_lm)
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize(
+    "name", [pytest.param("Gemma3nTextConfig", marks=pytest.mark.slow), "Gemma4TextConfig sharing"]
+)
 def test_layers_that_read_the_keys_of_an_earlier_one_have_no_cache(name, tmp_path):
     module, causal_lm, model, graph, _ = small(name)
     pasts = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
