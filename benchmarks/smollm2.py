@@ -22,6 +22,7 @@ from typing import Any
 import click
 import torch
 from smollm2_engines import ENGINES, exported, factorial, products, task, timing
+from smollm2_generation import generation
 from smollm2_search import searched
 from smollm2_subject import (
     DENSE,
@@ -46,7 +47,7 @@ from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps
 
 RESULTS = Path(__file__).parent / "results" / "smollm2.json"
-PARTS = ("quality", "searched", "export", "factorial", "healing", "task")
+PARTS = ("quality", "searched", "export", "factorial", "generation", "healing", "task")
 HEAL_SECONDS = 240.0
 HEALED = tuple(
     (design, method)
@@ -141,6 +142,7 @@ def main(
                 "searched": searched,
                 "healing": partial(healing, seconds=heal_seconds),
                 "factorial": factorial,
+                "generation": generation,
                 "task": task,
             }
             results.rows(part, rows[part](subject))

@@ -110,7 +110,7 @@ def exported(subject: Subject, engines: Sequence[str]) -> None:
     """Write the files that are missing, and hold the float ones to torch."""
     files = Files(subject.work)
     for engine in engines:
-        builder = _builder(subject, engine)
+        builder = opened_builder(subject, engine)
         for design in (*PLANS, FURTHER) if engine == PLAIN else PLANS:
             wanted = [Cell(engine, design, precision) for precision in ENGINES[engine]]
             if engine == PLAIN and design == DENSE:
@@ -150,7 +150,7 @@ def _in_precision(builder: EngineBuilder, path: Path, precision: str) -> Path:
     return converted
 
 
-def _builder(subject: Subject, engine: str) -> EngineBuilder:
+def opened_builder(subject: Subject, engine: str) -> EngineBuilder:
     settings = Settings(model=subject.settings.model, data=subject.settings.data, drop="none", target=engine, threads=1)
     target, options = check_target(settings)
     scratch = subject.work / engine
