@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -51,13 +52,13 @@ def _row(subject: Subject, cell: Cell) -> Row:
     }
 
 
-def _file(subject: Subject, cell: Cell) -> str:
+def _file(subject: Subject, cell: Cell) -> Path:
     """Return the file of an engine; that of OpenVINO is built from the float file of ONNX Runtime."""
     files = Files(subject.work)
     if cell.engine != OPENVINO:
-        return str(files.path(cell))
+        return files.path(cell)
     builder = opened_builder(subject, OPENVINO)
-    return str(builder.build(Source(files.path(Cell(PLAIN, cell.design, "fp32")), "fp32")))
+    return builder.build(Source(files.path(Cell(PLAIN, cell.design, "fp32")), "fp32"))
 
 
 def _of_torch(subject: Subject, design: Design) -> npt.NDArray[np.float32]:

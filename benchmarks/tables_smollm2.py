@@ -25,6 +25,7 @@ TARGETS = {
     "onnxruntime": "ONNX Runtime",
     "onnxruntime_fused": "ONNX Runtime, fused",
     "gguf": "llama.cpp",
+    "openvino": "OpenVINO",
     "torch": "torch (AOTInductor)",
 }
 PRECISIONS = {
@@ -53,6 +54,7 @@ def smollm2_table(found: Row) -> str:
         "searched": _searched,
         "healing": _healing,
         "factorial": _factorial,
+        "generation": _generation,
         "timing": _timing,
         "products": _products,
     }
@@ -165,6 +167,17 @@ def _factorial(found: Row) -> Iterator[str]:
 
 def _precision(name: str) -> str:
     return PRECISIONS.get(name, name.replace("int2-ternary", "int2, ternary"))
+
+
+def _generation(found: Row) -> Iterator[str]:
+    yield from _table("engine, float", "plan", "greedy texts equal to torch's", "first other token",
+                      "torch's logits of the two tokens there")  # fmt: skip
+    for row in found["generation"].values():
+        first = sorted(row["first_differences"])
+        gap = f"at most {max(row['gaps']):.3f} apart; their spread is {row['spread']:.1f}" if first else "–"
+        yield _line(TARGETS[row["engine"]], row["plan"],
+                    f"{row['equal_texts']} of {row['prompts']}, of {row['new']} tokens",
+                    ", ".join(str(place + 1) for place in first) or "–", gap)  # fmt: skip
 
 
 def _timing(found: Row) -> Iterator[str]:

@@ -629,6 +629,15 @@ def test_a_part_of_smollm2_that_was_not_measured_has_no_table(smollm2_results):
     assert "Measured, a further token" not in text
 
 
+def test_the_table_of_greedy_texts(smollm2_results):
+    row = {"engine": "openvino", "plan": "dense", "prompts": 10, "new": 64, "spread": 3.6}
+    same = row | {"equal_texts": 10, "first_differences": [], "gaps": []}
+    other = row | {"engine": "gguf", "equal_texts": 8, "first_differences": [40, 7], "gaps": [0.001, 0.0124]}
+    text = script("tables_smollm2").smollm2_table(smollm2_results | {"generation": {"a": same, "b": other}})
+    assert "| OpenVINO | dense | 10 of 10, of 64 tokens | – | – |" in text
+    assert "| llama.cpp | dense | 8 of 10, of 64 tokens | 8, 41 | at most 0.012 apart; their spread is 3.6 |" in text
+
+
 @pytest.mark.parametrize(
     ("ratio", "loss", "verdict"),
     [
