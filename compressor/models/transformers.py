@@ -41,6 +41,7 @@ from compressor.models.weights.config_checks import (
 )
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
+from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
 
 GENERATION = "text-generation"
@@ -286,7 +287,8 @@ def _takes_images_alone(kind: Any, config: Any) -> bool:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
             module = with_random_weights(kind, config)
-            module(torch.zeros(1, image.channels_of(module), *image.configured_size(module)))
+            with forget_results(module):
+                module(torch.zeros(1, image.channels_of(module), *image.configured_size(module)))
     except (TypeError, ValueError):
         return False
     except Exception:  # modules raise errors of all kinds

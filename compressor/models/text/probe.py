@@ -75,11 +75,14 @@ def call_without_cache(module: Any, **values: Any) -> tuple[Any, dict[str, bool]
 
 
 def reads_texts_alone(module: Any) -> bool:
-    """Return whether a language model for images or sound gives the logits of a text [1, tokens, vocabulary] alone."""
+    """Return whether a language model for images or sound gives the logits of a text [1, tokens, vocabulary] alone.
+
+    It may be called with shapes alone, so what its functions cache is forgotten.
+    """
     if getattr(module.config, "is_encoder_decoder", False):
         return False
     try:
-        with calling(module):
+        with forget_results(module), calling(module):
             logits = module(input_ids=text()["input_ids"], **without_cache(module))["logits"]
     except Exception:  # modules raise errors of all kinds
         return False

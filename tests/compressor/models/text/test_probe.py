@@ -1,5 +1,6 @@
 """The maximum number of tokens is that at which a call of the module still succeeds."""
 
+import functools
 import json
 import types
 
@@ -12,7 +13,8 @@ import compressor
 from compressor import models
 from compressor.data.splits import load as load_data
 from compressor.models.base import ModelError
-from compressor.models.text.probe import call_without_cache, position_limit
+from compressor.models.text.probe import TOKENS, call_without_cache, position_limit, reads_texts_alone
+from passes.torch_internals import FakeTensorMode
 from tests.text_models import GPT2, OPT, SIZES, XLNET, save_letters, save_model
 
 DEBERTA = SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
@@ -185,3 +187,23 @@ def test_a_class_that_hands_its_keywords_on_beside_an_argument_of_its_own_is_cal
 
     assert call_without_cache(Whole(), values=1) == ((1, True), {})
     assert call_without_cache(Part(), values=1) == ((1, False), {"use_cache": False})
+
+
+@functools.lru_cache(maxsize=4)
+def positions(tokens):
+    return torch.arange(tokens)
+
+
+class OfPositions(torch.nn.Module):
+    """A language model that keeps its positions in a cache of its file."""
+
+    config = types.SimpleNamespace()
+
+    def forward(self, input_ids):
+        return {"logits": (input_ids + positions(input_ids.shape[1]))[..., None].float()}
+
+
+def test_a_call_with_shapes_alone_leaves_no_tensor_without_elements_in_a_cache():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert reads_texts_alone(OfPositions())
+    assert positions(TOKENS).tolist() == [0, 1, 2]
