@@ -240,16 +240,19 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | N
 def compared_with_files(module: Any, path: Path, subject: Any, real: Real) -> dict[str, Any]:
     """Compare the file with the class of transformers on the files that were the data."""
     found: dict[str, Any] = {"inputs": [name for name in subject.model.inputs if not name.startswith(PAST)]}
-    worst = 0.0
+    pairs = pairs_of(module, path, subject, real.preprocessor, real.data)
+    return found | _outcome(_relative(module, value, expected) for value, expected in pairs)
+
+
+def _outcome(differences: Iterable[float]) -> dict[str, Any]:
+    """Return the outcome of comparing a file with transformers, and the largest of the differences."""
     try:
-        for value, expected in pairs_of(module, path, subject, real.preprocessor, real.data):
-            worst = max(worst, _relative(module, value, expected))
+        worst = max(differences)
     except Exception as error:
-        return found | {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
-    found["difference"] = worst
+        return {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
     if not worst <= CLOSE:
-        return found | {"outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
-    return found | {"outcome": "passes", "detail": ""}
+        return {"difference": worst, "outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
+    return {"difference": worst, "outcome": "passes", "detail": ""}
 
 
 def _relative(module: Any, value: np.ndarray, expected: np.ndarray) -> float:
@@ -286,16 +289,8 @@ def compared(module: Any, path: Path, placeholders: Sequence[int] = ()) -> dict[
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs = {each.name: each for each in session.get_inputs()}
     found: dict[str, Any] = {"inputs": [name for name in inputs if not name.startswith(PAST)]}
-    worst = 0.0
-    try:
-        for padded in (False, True) if "attention_mask" in inputs else (False,):
-            worst = max(worst, _difference(module, session, inputs, padded, placeholders))
-    except Exception as error:
-        return found | {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
-    found["difference"] = worst
-    if not worst <= CLOSE:
-        return found | {"outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
-    return found | {"outcome": "passes", "detail": ""}
+    paddings = (False, True) if "attention_mask" in inputs else (False,)
+    return found | _outcome(_difference(module, session, inputs, padded, placeholders) for padded in paddings)
 
 
 def compared_with_varying_images(module: Any, path: Path, model: Any) -> dict[str, Any]:
@@ -326,11 +321,7 @@ def compared_with_varying_images(module: Any, path: Path, model: Any) -> dict[st
     with torch.inference_mode():
         expected = module(**arguments).logits.float().numpy()
     kept = rows["attention_mask"].astype(bool)
-    worst = float(np.abs(value - expected)[kept].max() / np.abs(expected[kept]).max().clip(1e-6))
-    found["difference"] = worst
-    if not worst <= CLOSE:
-        return found | {"outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
-    return found | {"outcome": "passes", "detail": ""}
+    return found | _outcome([float(np.abs(value - expected)[kept].max() / np.abs(expected[kept]).max().clip(1e-6))])
 
 
 def compared_alone(module: Any, path: Path, model: Any) -> dict[str, Any]:
@@ -340,13 +331,10 @@ def compared_alone(module: Any, path: Path, model: Any) -> dict[str, Any]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rows = {name: each[[1, 0, 1]] for name, each in model.preprocess.example.items()}
     (value,) = session.run([model.answer], rows)
-    found: dict[str, Any] = {"inputs": list(rows), "difference": 0.0}
     expected, counts = _of_images(module, rows, model.answer, value.shape[1])
     kept = value if counts is None else np.concatenate([row[:size] for row, size in zip(value, counts, strict=True)])
-    found["difference"] = float(np.abs(kept - expected).max() / np.abs(expected).max().clip(1e-6))
-    if not found["difference"] <= CLOSE:
-        return found | {"outcome": "fault", "detail": f"differs from transformers by {found['difference']:.1e}"}
-    return found | {"outcome": "passes", "detail": ""}
+    difference = float(np.abs(kept - expected).max() / np.abs(expected).max().clip(1e-6))
+    return {"inputs": list(rows)} | _outcome([difference])
 
 
 def _of_images(

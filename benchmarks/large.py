@@ -138,9 +138,7 @@ def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int 
         output = Path(command[-1])
         rows[name] = watched(*command) | {"written": _bytes(output)}
         if (output / "report.json").exists():
-            report = json.loads((output / "report.json").read_text())
-            peaks = [step["peak_memory"] for step in report["steps"]]
-            rows[name]["peak"] = max(rows[name]["peak"], *(peak for peak in peaks if peak is not None))
+            report, rows[name]["peak"] = _reported(output, rows[name]["peak"])
             rows[name] |= {"sizes": report["sizes"], "parity": report["parity"]}
     stored = _bytes(work / "model")
     facts = {"layers": layers, "limit": limit, "texts": texts, "tokens": TOKENS, "stored": stored}
@@ -171,12 +169,17 @@ def in_memory(work: Path, smollm2: str, paragraphs: str) -> dict[str, Any]:
     for number, (name, command) in enumerate(cases.items()):
         output = work / f"out-{number}"
         rows[name] = watched("export", *command, "--output", output)
-        report = json.loads((output / "report.json").read_text())
-        peaks = [step["peak_memory"] for step in report["steps"]]
-        rows[name]["peak"] = max(rows[name]["peak"], *(peak for peak in peaks if peak is not None))
+        report, rows[name]["peak"] = _reported(output, rows[name]["peak"])
         longest = sorted(report["steps"], key=lambda step: -step["seconds"])[:LONGEST]
         rows[name] |= {"written": _bytes(output), "sizes": report["sizes"], "longest": longest}
     return {"commands": rows, "environment": environment()}
+
+
+def _reported(output: Path, polled: float) -> tuple[dict[str, Any], float]:
+    """Return the report of an export, and the larger of the peak that was polled and those of its steps, in bytes."""
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    peaks = [step["peak_memory"] for step in report["steps"]]
+    return report, max(polled, *(peak for peak in peaks if peak is not None))
 
 
 def _bytes(folder: Path) -> int:

@@ -256,11 +256,8 @@ def _image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) ->
         BenchError: the folders have different sizes, or another size than the one that is given.
     """
     sizes = {name: folder.image_size for name, folder in folders.items()}
-    if len(set(sizes.values())) > 1:
-        listing = ", ".join(f"{name} ({size})" for name, size in sizes.items())
-        raise BenchError(
-            f"the folders take images of different sizes: {listing}; measure folders of one size at a time."
-        )
+    listing = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+    _check_same(sizes, f"the folders take images of different sizes: {listing}; measure folders of one size at a time.")
     if not folders:
         return settings.image_size
     first, size = next(iter(sizes.items()))
@@ -278,12 +275,12 @@ def _sequence_length(settings: BenchSettings, folders: Mapping[str, ExportFolder
         BenchError: the folders have different numbers, or another one than the one that is given.
     """
     lengths = {name: folder.sequence_length for name, folder in folders.items()}
-    if len(set(lengths.values())) > 1:
-        listing = ", ".join(f"{name} ({'any' if length is None else length})" for name, length in lengths.items())
-        raise BenchError(
-            f"the folders were exported with different values of --sequence-length: {listing}; measure folders of one "
-            "length at a time."
-        )
+    listing = ", ".join(f"{name} ({'any' if length is None else length})" for name, length in lengths.items())
+    _check_same(
+        lengths,
+        f"the folders were exported with different values of --sequence-length: {listing}; measure folders of one "
+        "length at a time.",
+    )
     if not folders:
         return settings.sequence_length
     first, length = next(iter(lengths.items()))
@@ -293,6 +290,12 @@ def _sequence_length(settings: BenchSettings, folders: Mapping[str, ExportFolder
             f"{'any length' if length is None else length}; leave --sequence-length out."
         )
     return length
+
+
+def _check_same(values: Mapping[str, object], refusal: str) -> None:
+    """Raise the refusal if the folders differ in a value."""
+    if len(set(values.values())) > 1:
+        raise BenchError(refusal)
 
 
 def _load_contender(contender: Contender, settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> Model:

@@ -15,7 +15,7 @@ from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, w
 from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths
 from compressor.lower.symbolic.whole_numbers import holds_numbers, whole_numbers
 from compressor.lower.unsupported_operators import unsupported_operator
-from compressor.models.audio.inputs import SEQUENCE, WAVEFORMS
+from compressor.models.audio.inputs import SEQUENCE, unit_of
 from compressor.models.base import first_line
 from compressor.models.text.probe import calling
 from compressor.models.text.recurrence import as_operators
@@ -248,13 +248,13 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 def _refusal(model: Model, error: Exception) -> TraceError:
     """Return the error for a model that torch.export refuses; it names ``--sequence-length`` if that helps."""
-    one = _of_one_length(model)
-    if one is None or _failure(model) is not None:
-        return TraceError(_explain(model, error))
+    failure, one = _failure(model), _of_one_length(model)
+    if one is None or failure is not None:
+        return TraceError(_explain(model, error, failure))
     try:
         trace_with_guards(one)
     except CompressorError:
-        return TraceError(_explain(model, error))
+        return TraceError(_explain(model, error, failure))
     unit = _unit(model)
     option = "--no-cache --sequence-length N" if model.task == "text-generation" else "--sequence-length N"
     return OneLengthError(
@@ -277,17 +277,15 @@ def _of_one_length(model: Model) -> Model | None:
 
 def _unit(model: Model) -> str:
     """Return what the axis of time of a model of texts or of sound counts."""
-    if model.preprocess.kind != "audio":
-        return "tokens"
-    return "samples" if model.inputs[0] == WAVEFORMS else "frames"
+    return unit_of(model.inputs[0]) if model.preprocess.kind == "audio" else "tokens"
 
 
-def _explain(model: Model, error: Exception) -> str:
+def _explain(model: Model, error: Exception, failure: str | None) -> str:
     """Return one sentence with the reason of torch.export, the line of the user's code and a remedy.
 
-    A model that fails without torch.export too is told so.
+    A model that fails without torch.export too is told so; `failure` is the reason.
     """
-    if (failure := _failure(model)) is not None:
+    if failure is not None:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in model.example.items())
         return (
             f"{model.name} ({type(model.module).__name__}) fails on its example inputs, {shapes} ({failure}); check "

@@ -94,7 +94,7 @@ def of_one_length(found: SoundInputs, module: Any, call: Call, length: int, loca
             "leave --sequence-length out."
         )
     example = {name: _repeated(found.example[name], times[name], length) for name in found.names}
-    unit = "samples" if main == WAVEFORMS else "frames"
+    unit = unit_of(main)
     if (reason := refusal(module, call, list(example.values()))) is not None:
         raise ModelError(
             f"--sequence-length {length}, but {location} fails on clips of {length} {unit} ({reason}); give another "
@@ -107,6 +107,11 @@ def of_one_length(found: SoundInputs, module: Any, call: Call, length: int, loca
     return replace(
         found, example=example, axes=axes, features=features, limitations=(*found.limitations, limit), fixed=length
     )
+
+
+def unit_of(main: str) -> str:
+    """Return what the axis of time of the main input of a model of sound counts."""
+    return "samples" if main == WAVEFORMS else "frames"
 
 
 def _repeated(values: torch.Tensor, axis: int, length: int) -> torch.Tensor:
