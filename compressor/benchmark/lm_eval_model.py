@@ -16,14 +16,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from compressor.data.sliding_windows import TOKENS
+from compressor.data.sliding_windows import tokens_at_once
 from compressor.errors import CompressorError
 from compressor.measure.workload import empty_cache
 from compressor.models import Model
 from compressor.models.text.kv_cache import positions
+from compressor.models.text.probe import logits_per_token
 from runtimes.base.protocols import Engine, Feeds
 
-ROWS = 32  # in a batch; fewer for long texts, see compressor.data.sliding_windows.TOKENS
+ROWS = 32  # in a batch; fewer for long texts, see compressor.data.sliding_windows
 NEW_TOKENS = 256  # limit of generated tokens for tasks without one, the default of the harness
 GREEDY = {"do_sample": (None, False), "temperature": (None, 0.0), "num_beams": (None, 1)}
 
@@ -50,7 +51,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.engine, self.model, self.tokenizer, self.max_length = engine, model, model.tokenizer, length
-        self._progress = progress
+        self._progress, self._most_tokens = progress, tokens_at_once(logits_per_token(model))
         self._cache_names = {after: before for after, before in model.state.items() if before in engine.inputs}
 
     # ----------------------------------------------------------------------------------------------------- texts
@@ -122,11 +123,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return in_order
 
     def _batches(self, chunk: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Split requests, sorted by length with the longest first, into batches of at most `TOKENS` tokens (or one)."""
+        """Split requests, sorted by length with the longest first, into batches of bounded tokens (or one request)."""
         start = 0
         while start < len(chunk):
             _, context, new = chunk[start]
-            rows = max(1, TOKENS // min(self.max_length, len(context) + len(new)))
+            rows = max(1, self._most_tokens // min(self.max_length, len(context) + len(new)))
             yield chunk[start : start + rows]
             start += rows
 

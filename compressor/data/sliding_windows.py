@@ -17,7 +17,8 @@ from compressor.data.readers.base import Array, Feeds
 from compressor.errors import DataError
 
 USUAL = 2048  # default window length in tokens, if the model takes as many
-TOKENS = 4096  # maximum number of tokens in a batch of windows; with a vocabulary of 128,000, their logits take 2 GB
+TOKENS = 4096  # maximum number of tokens in a batch
+LOGITS = 2**26  # maximum number of logits in a batch, 256 MiB; evaluation holds several copies for each engine
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,27 @@ def resolve_window(length: int | None, stride: int | None, max_tokens: int | Non
     return Window(length, stride)
 
 
+def tokens_at_once(logits: int | None) -> int:
+    """Return the maximum number of tokens in a batch of a model that gives a number of logits for each token.
+
+    >>> tokens_at_once(None), tokens_at_once(2), tokens_at_once(128_256)
+    (4096, 4096, 523)
+    """
+    return TOKENS if logits is None else min(TOKENS, max(1, LOGITS // logits))
+
+
 def window_batches(
     texts: Iterable[tuple[int, Feeds]],
     window: Window,
     complete: Callable[[Feeds], Feeds],
     rows: int,
+    *,
     least: int = 0,
+    most: int = TOKENS,
 ) -> Iterator[WindowBatch]:
-    """Yield all windows of the texts in order, in batches of at most `rows` windows and `TOKENS` tokens.
+    """Yield all windows of the texts in order, in batches of at most `rows` windows and `most` tokens.
 
-    A batch of a single window may have more than `TOKENS` tokens.
+    A batch of a single window may have more than `most` tokens.
 
     Args:
         texts: number of each text, and its tokens by input name, [tokens] each, without padding.
@@ -99,12 +111,13 @@ def window_batches(
         complete: adds the inputs that are derived from the tokens.
         rows: maximum number of windows in a batch.
         least: number of tokens to which windows are padded at least.
+        most: maximum number of tokens in a batch.
     """
     batch: list[tuple[int, Feeds, WindowSpan]] = []
     for owner, feeds in texts:
         for cut in window.cut(len(feeds["input_ids"])):
             longest = max([least, cut.end - cut.start, *(other.end - other.start for _, _, other in batch)])
-            if batch and (len(batch) == rows or longest * (len(batch) + 1) > TOKENS):
+            if batch and (len(batch) == rows or longest * (len(batch) + 1) > most):
                 yield _piece(batch, complete, least)
                 batch = []
             batch.append((owner, feeds, cut))

@@ -16,7 +16,7 @@ from compressor.data.equal_samples import equal_samples
 from compressor.data.readers import read
 from compressor.data.readers.base import ONE_CLASS, Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sample_cache import DIGEST, digest, digest_of_feeds
-from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
+from compressor.data.sliding_windows import TOKENS, Window, resolve_window, tokens_at_once, window_batches
 from compressor.data.text_lengths import check_lengths, check_unknown
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -110,6 +110,7 @@ class Split:
             has little padding.
         windows: the sliding windows over long texts; None for other data.
         tokens: number of tokens of a sample's longest row by position; empty for data other than texts.
+        most_tokens: maximum number of tokens in a batch, padding included; a batch of a single sample may have more.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Split:
     indices: tuple[int, ...] = field(repr=False)
     windows: Windows | None = field(default=None, repr=False)
     tokens: Mapping[int, int] = field(default_factory=dict, repr=False)
+    most_tokens: int = TOKENS
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -139,9 +141,9 @@ class Split:
         return (self._batch(self.indices[start : start + batch_size]) for start in starts)
 
     def bounded_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield consecutive batches of at most `batch_size` samples and `TOKENS` tokens, padding included.
+        """Yield consecutive batches of at most `batch_size` samples and `most_tokens` tokens, padding included.
 
-        A batch of a single sample may have more tokens. Memory then does not grow with the length of the texts.
+        Memory then does not grow with the length of the texts.
         """
         return map(self._batch, self.bounded_groups(batch_size))
 
@@ -152,7 +154,7 @@ class Split:
         for index in self.indices:
             longer = (*batch, index)
             padded = len(longer) * self.samples.rows_per_sample * max(self.tokens.get(each, 0) for each in longer)
-            if batch and (len(batch) == batch_size or padded > TOKENS):
+            if batch and (len(batch) == batch_size or padded > self.most_tokens):
                 yield batch
                 longer = (index,)
             batch = longer
@@ -168,7 +170,8 @@ class Split:
         assert samples.whole is not None
         texts = ((index, samples.whole(index)) for index in self.indices)
         windows = self.windows
-        for piece in window_batches(texts, windows.window, windows.complete, batch_size, windows.least):
+        sizes = {"least": windows.least, "most": self.most_tokens}
+        for piece in window_batches(texts, windows.window, windows.complete, batch_size, **sizes):
             yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
 
     def head(self, n: int) -> Split:
@@ -300,6 +303,7 @@ def load(
     class_names: ClassNames | None = None,
     names_file: str | Path | None = None,
     template: str | None = None,
+    logits: int | None = None,
 ) -> Data:
     """Read, check and split the data.
 
@@ -319,6 +323,8 @@ def load(
         class_names: names of the model's classes, by which class names in the data are numbered.
         names_file: file of class names for a model of images and texts; by default those of the data.
         template: prompt template for class names; by default that of the model.
+        logits: number of logits that the model gives for each token, which bounds the tokens in a batch; None for
+            models that give none, or an unknown number.
 
     Raises:
         DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
@@ -355,6 +361,7 @@ def load(
     limit = preprocess.limit if window is None else window.length
     tokens = {index: count if limit is None else min(count, limit) for index, count in lengths.tokens.items()}
     splits = _split(samples, usable, shares, windows, tokens)
+    splits = {name: replace(split, most_tokens=tokens_at_once(logits)) for name, split in splits.items()}
     copies = () if spec == "random" else equal_samples(found, tuple(splits.values()))
     return Data(
         source=spec,

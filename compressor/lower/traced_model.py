@@ -28,6 +28,7 @@ from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import OneLengthError, trace_with_guards
 from compressor.models import Model
 from compressor.models.base import RECOMPUTES, UndetectedCacheError, first_line
+from compressor.models.text.probe import logits_per_token
 from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
@@ -381,6 +382,7 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         class_names=model.class_names,
         names_file=settings.class_names,
         template=settings.prompt_template,
+        logits=logits_per_token(model),
     )
     judged = evaluated_on(model, data)
     _check_labels(data, judged)

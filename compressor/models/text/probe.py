@@ -10,14 +10,18 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE
 from passes.execute.offloaded_weights import is_offloaded
 from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
+
+if TYPE_CHECKING:
+    from compressor.models.base import Model
 
 PRODUCTS = frozenset(
     ["linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"]
@@ -26,6 +30,7 @@ PRODUCTS = frozenset(
 TEXTS_ALONE = "pass --task text-generation to export it for texts alone"
 USE_CACHE = "use_cache"
 CHARACTERS = sys.maxunicode + 1
+TASKS_OF_TOKENS = ("text-generation", "fill-mask", VISION_LANGUAGE, *ENCODER_DECODER_TASKS)  # logits of a vocabulary
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
 
@@ -110,6 +115,26 @@ def vocabulary(module: Any, tokens: int) -> int | None:
     except Exception:  # modules raise errors of all kinds
         return None
     return CHARACTERS
+
+
+def logits_per_token(model: Model) -> int | None:
+    """Return the number of logits that a model of texts gives for each token; None if it gives none, or fails.
+
+    A config of transformers states it as the size of the vocabulary. Other modules are called with their example.
+    """
+    if model.task not in TASKS_OF_TOKENS:
+        return None
+    config: Any = getattr(model.module, "config", None)
+    if hasattr(config, "get_text_config"):
+        stated = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        if stated is not None:
+            return int(stated)
+    try:
+        with calling(model.module):
+            outputs = model.call(model.module, *(model.example[name] for name in model.inputs))
+    except Exception:  # modules raise errors of all kinds; the trace reports this one
+        return None
+    return int(outputs[model.outputs.index(model.answer)].shape[-1])
 
 
 def accepts(module: Any, inputs: Mapping[str, Any], name: str, value: torch.Tensor) -> bool:

@@ -52,24 +52,29 @@ def test_the_middle_has_fewer_texts_if_they_are_long_but_at_least_three(tmp_path
     assert len(replace(data.test, tokens={}).middle(8, tokens=1)) == 8  # not texts
 
 
-@given(st.lists(st.integers(1, TOKENS + 100), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 2))
-def test_bounded_batches_are_as_large_as_their_bounds_allow(lengths, most, rows):
+@given(
+    st.lists(st.integers(1, TOKENS + 100), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(1, 2),
+    st.sampled_from([TOKENS, 100]),
+)
+def test_bounded_batches_are_as_large_as_their_bounds_allow(lengths, most, rows, tokens):
     lengths = sorted(lengths, reverse=True)
 
     def feeds(indices):
         return {"x": np.zeros((len(indices) * rows, max(lengths[index] for index in indices)))}
 
     samples = Samples(tuple(map(str, range(len(lengths)))), feeds, "", rows_per_sample=rows)
-    split = Split("test", samples, tuple(range(len(lengths))), tokens=dict(enumerate(lengths)))
+    split = Split("test", samples, tuple(range(len(lengths))), tokens=dict(enumerate(lengths)), most_tokens=tokens)
     batches = list(split.bounded_batches(most))
     assert [name for batch in batches for name in batch.ids] == list(samples.ids)
     for batch in batches:
         assert len(batch.ids) <= most
-        assert batch.feeds["x"].size <= TOKENS or len(batch.ids) == 1
+        assert batch.feeds["x"].size <= tokens or len(batch.ids) == 1
     for batch, following in pairwise(batches):
         joined = (len(batch.ids) + 1) * rows * batch.feeds["x"].shape[1]
         assert following.ids
-        assert len(batch.ids) == most or joined > TOKENS
+        assert len(batch.ids) == most or joined > tokens
 
 
 def test_samples_without_lengths_are_batched_by_number_alone():

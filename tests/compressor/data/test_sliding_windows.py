@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor import models
-from compressor.data import splits
+from compressor.data import sliding_windows, splits
 from compressor.data.sliding_windows import TOKENS, USUAL, Window, resolve_window, window_batches
 from compressor.errors import DataError
 from compressor.lower.traced_model import SubjectError, load_data
@@ -59,6 +59,26 @@ def test_batches_of_long_windows_have_a_limited_number_of_tokens():
     batches = list(window_batches([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
     assert max(piece.scored.size for piece in batches) == TOKENS
     assert [len(piece.owners) for piece in batches][:2] == [2, 2]
+
+
+def test_batches_of_a_large_vocabulary_have_a_limited_number_of_logits(small, tmp_path, monkeypatch):
+    """Batches have fewer tokens, the figures stay the same, and a window that is longer is a batch of its own."""
+    model, _, _ = small
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(3, 50, (9, 30)))
+    settings = Settings(model="any", data=str(tmp_path / "ids.npy"), max_length=12, stride=4)
+    whole = load_data(settings, model, lambda *_: None)
+    monkeypatch.setattr(sliding_windows, "LOGITS", 25 * 50)  # 25 tokens, two windows
+    data = load_data(settings, model, lambda *_: None)
+    assert max(len(batch.feeds["input_ids"]) for batch in data.test.whole(8)) == 2
+    assert max(len(batch.ids) for batch in data.calibration.bounded_batches(8)) == 2
+    run = graph_runner(model, lambda tensors: _called(model, tensors))
+    first, second = (
+        evaluate(each.test, {"x": run}, head=head_for("text-generation"), metric="perplexity", reference="x")
+        for each in (whole, data)
+    )
+    assert first.value("x") == pytest.approx(second.value("x"), rel=EQUAL)
+    monkeypatch.setattr(sliding_windows, "LOGITS", 1)
+    assert {len(batch.ids) for batch in load_data(settings, model, lambda *_: None).test.whole(8)} == {1}
 
 
 def test_the_window_is_that_of_the_options_or_of_the_model():

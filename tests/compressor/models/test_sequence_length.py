@@ -147,7 +147,7 @@ def test_a_recurrent_language_model_needs_no_cache_beside_the_length(tmp_path):
 
 def test_windows_are_padded_to_the_length():
     text = {"input_ids": np.arange(5), "attention_mask": np.ones(5, np.int64)}
-    (batch,) = window_batches([(0, text)], Window(4, 2), dict, 8, 4)
+    (batch,) = window_batches([(0, text)], Window(4, 2), dict, 8, least=4)
     assert batch.feeds["input_ids"].tolist() == [[0, 1, 2, 3], [2, 3, 4, 4]]
     assert batch.feeds["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.scored.tolist() == [[False, True, True, True], [False, False, True, False]]

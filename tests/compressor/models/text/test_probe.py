@@ -13,7 +13,13 @@ import compressor
 from compressor import models
 from compressor.data.splits import load as load_data
 from compressor.models.base import ModelError
-from compressor.models.text.probe import TOKENS, call_without_cache, position_limit, reads_texts_alone
+from compressor.models.text.probe import (
+    TOKENS,
+    call_without_cache,
+    logits_per_token,
+    position_limit,
+    reads_texts_alone,
+)
 from passes.torch_internals import FakeTensorMode
 from tests.text_models import GPT2, OPT, SIZES, XLNET, save_letters, save_model
 
@@ -207,3 +213,30 @@ def test_a_call_with_shapes_alone_leaves_no_tensor_without_elements_in_a_cache()
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert reads_texts_alone(OfPositions())
     assert positions(TOKENS).tolist() == [0, 1, 2]
+
+
+class Scores(torch.nn.Module):
+    """Scores of 23 tokens for each token, without a config."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(11, 4), torch.nn.Linear(4, 23)
+
+    def forward(self, input_ids):
+        hidden = self.table(input_ids)
+        return self.head(hidden + torch.relu(hidden))
+
+
+def test_the_logits_of_a_token_are_those_of_the_output(tmp_path):
+    for name, config in {
+        "LlamaForCausalLM": "LlamaConfig",
+        "BertForMaskedLM": "BertConfig",
+        "LlamaModel": "LlamaConfig",
+    }.items():
+        folder = save_model(tmp_path / name, name, config, **SIZES)
+        model = models.load(str(folder), cache=name != "LlamaForCausalLM")
+        outputs = model.call(model.module, *model.example.values())
+        found = outputs[model.outputs.index(model.answer)].shape[-1]
+        assert logits_per_token(model) == (None if name == "LlamaModel" else found)
+    ids = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    assert logits_per_token(models.load(Scores(), example_inputs=ids, task="fill-mask")) == 23
