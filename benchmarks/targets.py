@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,12 @@ from compressor.quantize.precision import Source
 from compressor.report.report import latency_to_dict
 from compressor.settings import Settings
 from compressor.target.availability import check_target
+from compressor.target.opener import Opener
 from compressor.target.torch_eager import Module
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import engine_bytes
 from compressor.workspace.progress import Steps
-from runtimes.base.protocols import Engine, RuntimesError
+from runtimes.base.protocols import RuntimesError
 from runtimes.base.registry import runtime, targets
 from runtimes.base.timing import interleave
 
@@ -62,7 +61,7 @@ CASES = (
 class Built:
     """A built engine: its opener, file size in bytes, quantization tool (`by`), and build time in seconds."""
 
-    opener: Callable[[], Engine]
+    opener: Opener
     bytes: int | None
     by: str | None
     seconds: float
@@ -106,7 +105,7 @@ def built(case: Case, settings: Settings, scratch: Path) -> tuple[Any, dict[str,
                 except (CompressorError, RuntimesError) as error:
                     refused[name] = str(error)
                     continue
-                opener = partial(available.load, engine, builder.options)
+                opener = Opener(available.load, builder.options, engine)
                 engines[name] = Built(opener, engine_bytes(engine), by, steps.done[-1].seconds)
     return subject, engines, refused, feeds
 
@@ -124,7 +123,7 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
         subject, engines, refused, feeds = built(case, settings, Path(scratch))
         for name, compiles in (("torch eager", False), ("torch.compile", True)):
             module, options = Module(subject.model, compiles=compiles), check_target(settings)[1]
-            engines[name] = Built(partial(module.open, options), None, None, 0.0)
+            engines[name] = Built(Opener(module.open, options), None, None, 0.0)
         openers = {name: each.opener for name, each in engines.items()}
         evaluation = None
         if subject.no_quality_because is None:

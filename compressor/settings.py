@@ -293,14 +293,15 @@ class Settings:
     )
     workers: int | None = option(
         None,
-        "Processes of Ray that run the model over the data, of one core each; the results are those of one process.",
+        "Processes of Ray that run the model and its engines over the data, of one core each; the results are those of "
+        "one process. All timing stays in this process.",
         unset="this process; with --ray, the cores of the cluster",
         least=1,
         most=MOST_WORKERS,
     )
     ray: str | None = option(
         None,
-        "Cluster of Ray whose workers run the model over the data: HOST:PORT, as `ray start --head` prints it, or auto "
+        "Cluster of Ray whose workers run them over the data: HOST:PORT, as `ray start --head` prints it, or auto "
         "for the one that this machine belongs to.",
         metavar="ADDRESS",
     )

@@ -22,6 +22,8 @@ from compressor.choices import GGUF, HUB_READING, NO_STAGES, parse_image_size, p
 from compressor.data.readers.dataset.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
+from compressor.executor.base import Executor
+from compressor.executor.on_ray import executor_for
 from compressor.lower.probabilities import with_logits
 from compressor.lower.traced_model import ModelAndData, evaluated_on, index_errors_as_data_errors, load_data
 from compressor.measure.workload import timing_feeds
@@ -71,20 +73,28 @@ def bench(
     check_outside_data(output, settings.data)
     check_no_input(output, *settings.what, settings.model, settings.data)
     steps = Steps(console)
-    with output_lock(output, steps.say), scratch_folder(output) as scratch:
-        comparison = _compared(settings, scratch, steps, command)
+    if settings.data == "random" or settings.random_weights:
+        _refuse_workers(settings, "the data is random" if settings.data == "random" else "the weights are random")
+    with (
+        output_lock(output, steps.say),
+        scratch_folder(output) as scratch,
+        executor_for(settings.workers, settings.ray, steps.show, steps.warn) as executor,
+    ):
+        comparison = _compared(settings, scratch, steps, command, executor)
         write_file(output, comparison.to_json().encode())
     return comparison
 
 
-def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str) -> Comparison:
-    """Measure every engine; `scratch` gets the engines that are built."""
+def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str, executor: Executor) -> Comparison:
+    """Measure every engine; `scratch` gets the engines that are built, and `executor` runs them over the test data."""
     contenders = parse_contenders([str(each) for each in settings.what])
     folders = {each.name: each.folder for each in contenders if each.folder is not None}
     runner = _set_up(settings, contenders, folders, steps)
+    if runner.loaded.no_quality_because is not None:
+        _refuse_workers(settings, runner.loaded.no_quality_because)
     engines = runner.built(scratch, steps)
     parity = runner.parity(engines)
-    evaluation = runner.quality(engines, steps)
+    evaluation = runner.quality(engines, steps, executor)
     originals = [f"{each.name} ({EAGER})" for each in contenders if each.is_model and each.folder is None]
     source = runner.loaded.data.source
     doubts = () if evaluation is None else tuple(check_baseline(evaluation, runner.reference, originals, source))
@@ -115,6 +125,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
         environment=environment(),
         notes=(
             *doubts,
+            *executor.said,
             *map(str, of_subject(runner.loaded)),
             *_leakage_warnings(runner, folders),
             *_hidden_overflow(runner),
@@ -124,6 +135,16 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
             *_of_modules(folders),
         ),
     )
+
+
+def _refuse_workers(settings: BenchSettings, reason: str) -> None:
+    """Raise if workers are given, though no quality is measured."""
+    for name in ("workers", "ray"):
+        if (value := getattr(settings, name)) is not None:
+            raise SettingsError(
+                f"found --{name} {value}, whose processes measure quality, but {reason}, so none is measured; leave "
+                f"--{name} out."
+            )
 
 
 def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:

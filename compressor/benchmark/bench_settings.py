@@ -82,6 +82,15 @@ class BenchSettings:
     include_path: str | Path | None = option(None, "Folder with further lm-eval tasks as YAML files.")
     rounds: int = like(Settings, "rounds", help="Timed bursts per engine.")
     seed: int = like(Settings, "seed", help="Seed of the data split; use that of the export.")
+    workers: int | None = like(
+        Settings,
+        "workers",
+        help="Processes of Ray that measure the quality of the engines, of one core each, with the figures of one "
+        "process. The timing stays in this process.",
+    )
+    ray: str | None = like(
+        Settings, "ray", help="Cluster of Ray whose workers measure the quality, as for export: HOST:PORT or auto."
+    )
     output: str | Path = option("bench.json", "Output file.", letter="o")
 
     def __post_init__(self) -> None:

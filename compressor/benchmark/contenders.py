@@ -19,7 +19,7 @@ from compressor.target.torch_eager import Module
 from compressor.workspace.folder_errors import name_of
 from compressor.workspace.manifest import check_folder, listed_file
 from compressor.workspace.output_folder import engine_bytes
-from runtimes.base.protocols import BuildOptions, Engine, Runtime
+from runtimes.base.protocols import BuildOptions, Engine
 from runtimes.base.registry import runtime
 
 EAGER = "eager"
@@ -164,10 +164,12 @@ class EngineEntry:
 
     def opener(self, built: Path | None) -> Callable[[BuildOptions], Engine]:
         """Return a function that opens the engine; `built` is the engine file, None for a torch model."""
-        if self.module is not None:
-            return self.module.open
-        assert built is not None
-        return partial(_load, runtime(self.target), built)
+        return self.load if built is None else partial(self.load, built)
+
+    @property
+    def load(self) -> Callable[..., Engine]:
+        """Return the function that opens the engine from its file and options, or a torch model from options alone."""
+        return runtime(self.target).load if self.module is None else self.module.open
 
     @property
     def compiled(self) -> bool:
@@ -178,10 +180,6 @@ class EngineEntry:
     def bytes(self) -> int | None:
         """Size of the file with its external data, in bytes; None for a torch model."""
         return None if self.file is None else engine_bytes(self.file)
-
-
-def _load(target: Runtime, built: Path, options: BuildOptions) -> Engine:
-    return target.load(built, options)
 
 
 @dataclasses.dataclass(frozen=True)

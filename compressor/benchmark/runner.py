@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compressor.benchmark.contenders import EAGER, BenchError, EngineEntry
+from compressor.executor.base import Executor
 from compressor.lower.traced_model import ModelAndData
 from compressor.measure import peak_memory
 from compressor.measure.engine_builder import with_input_sizes
@@ -23,6 +24,7 @@ from compressor.measure.workload import EngineWithFeeds
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import Reference, check_parity
 from compressor.settings import Settings
+from compressor.target.opener import Opener
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, HoldsCache
 from runtimes.base.registry import check_available, runtime
@@ -154,23 +156,27 @@ class BenchRunner:
                 differences[compiled.name] = parity.difference
         return differences
 
-    def quiet_openers(self, engines: Engines) -> dict[str, Callable[[], Engine]]:
+    def quiet_openers(self, engines: Engines) -> dict[str, Opener]:
         """Return functions that open the evaluated engines without spinning threads, which would occupy the cores."""
         return {
-            entry.name: partial(
-                engines.openers[entry.name],
+            entry.name: Opener(
+                entry.load,
                 dataclasses.replace(self.options(self.conditions[0], entry), spinning=False),
+                engines.paths.get(entry.name),
             )
             for entry in self.judged
         }
 
-    def quality(self, engines: Engines, steps: Steps) -> Evaluation | None:
-        """Evaluate all engines on the same test samples; return None if no quality may be stated."""
+    def quality(self, engines: Engines, steps: Steps, executor: Executor) -> Evaluation | None:
+        """Evaluate all engines on the same test samples; return None if no quality may be stated.
+
+        The executor runs them over the samples.
+        """
         if self.loaded.no_quality_because is not None:
             return None
         with steps.step("measure the quality") as tick:
             return evaluate_openers(
-                self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick
+                self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick, executor
             )
 
     def measurements(self, engines: Engines, rounds: int, steps: Steps) -> tuple[Measurement, ...]:

@@ -7,8 +7,10 @@ their results are added up are those of the data, so every executor gives the sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from compressor.errors import CompressorError
@@ -21,11 +23,15 @@ class ExecutorError(CompressorError):
     """Ray is not installed, its cluster cannot be reached, or its workers fail again and again."""
 
 
+class UnsharableError(ExecutorError):
+    """A value that cannot be sent to workers, such as a function that was made inside another."""
+
+
 class Executor(Protocol):
     """Runs calls of a function, whose results come in the order of the calls.
 
-    The function is one of a module, which workers import. What `share`, `share_each` and `keep` return are handles: to
-    be passed on as arguments of calls only.
+    The function is one of a module, which workers import; an iterator that it returns may become a list. What `share`,
+    `share_files`, `share_each`, `divide` and `keep` return are handles: to be passed on as arguments of calls only.
     """
 
     @property
@@ -33,8 +39,42 @@ class Executor(Protocol):
         """Number of calls that run at the same time."""
         ...
 
+    @property
+    def threads(self) -> int | None:
+        """Number of threads that a call may compute with; None leaves it to the library."""
+        ...
+
+    @property
+    def said(self) -> Sequence[str]:
+        """What `say` was called with, each sentence once."""
+        ...
+
+    def say(self, sentence: str) -> None:
+        """Tell the user what does not run on workers, and why."""
+        ...
+
     def share(self, value: Value) -> Value:
-        """Make a value an argument of many calls; its tensors are sent to a machine once, and must not change."""
+        """Make a value an argument of many calls; its tensors are sent to a machine once, and must not change.
+
+        Raises:
+            UnsharableError: the value cannot be pickled.
+        """
+        ...
+
+    def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
+        """Make files an argument of calls: where they lie on the machine of the call, by their paths on this one.
+
+        Files of one folder lie in one folder there. They must not change before the calls are done.
+        """
+        ...
+
+    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+        """Divide values into the arguments of few calls, each made when its call is submitted.
+
+        Args:
+            values: iterated once.
+            count: least number of values.
+        """
         ...
 
     def share_each(self, make: Callable[[], Iterable[Value]]) -> Iterable[Value]:
@@ -45,8 +85,16 @@ class Executor(Protocol):
         """Run all calls and leave their results where they were computed."""
         ...
 
-    def run(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-        """Yield the result of each call, in order. Calls that nobody asks for any more are abandoned."""
+    def run(
+        self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], total: int = 0
+    ) -> Iterator[Result]:
+        """Yield the result of each call, in order. Calls that nobody asks for any more are abandoned.
+
+        Args:
+            function: the function.
+            calls: the arguments of each call, iterated as far as calls are submitted.
+            total: number of calls, to show how many are left; 0 if it is not known.
+        """
         ...
 
 
@@ -71,7 +119,8 @@ class Batches:
         if self._shared is None:
             self._shared = self.executor.share_each(self.make)
         shared = self.executor.share(function)
-        return self.executor.run(_applied, ((shared, batch) for batch in self._shared))
+        calls = ((shared, batch) for batch in self._shared)
+        return self.executor.run(_applied, calls, operator.length_hint(self._shared))
 
 
 def _applied(function: Callable[[Any], Result], batch: Any) -> Result:
@@ -82,10 +131,23 @@ class InProcess:
     """Runs one call after the other in this process. Handles are the values themselves."""
 
     workers = 1
+    threads: int | None = None
+    said: tuple[str, ...] = ()
+
+    def say(self, sentence: str) -> None:
+        """Do nothing: everything runs here."""
 
     def share(self, value: Value) -> Value:
         """Return the value."""
         return value
+
+    def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
+        """Return the paths themselves."""
+        return {path: path for path in paths}
+
+    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+        """Return all values as the argument of one call."""
+        return (values,)
 
     def share_each(self, make: Callable[[], Iterable[Value]]) -> Iterable[Value]:
         """Return an iterable that makes the values anew each time, so that they take no memory in between."""
@@ -95,7 +157,9 @@ class InProcess:
         """Return the results of all calls."""
         return list(self.run(function, calls))
 
-    def run(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    def run(
+        self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], total: int = 0
+    ) -> Iterator[Result]:
         """Run each call when its result is asked for."""
         return itertools.starmap(function, calls)
 

@@ -12,25 +12,30 @@ import functools
 import logging
 import math
 import os
+import pickle
 import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import util
+from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from compressor.choices import AUTO
 from compressor.errors import SettingsError
-from compressor.executor.base import Executor, ExecutorError, InProcess
+from compressor.executor.base import Executor, ExecutorError, InProcess, UnsharableError
 from compressor.executor.packed import Bytes, Packed, SharedTensors, packed
+from compressor.executor.shared_files import SharedFiles, bytes_of
 from compressor.workspace.environment import own_memory
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 AHEAD = 2  # calls that wait for each worker, so that it need not wait for the next one
+AT_ONCE = 4  # most values of `divide` in a call, which are in memory together
 RETRIES = 3  # times that a call runs again after its worker died; more would never end for a call that kills it
 REACHED = 5.0  # seconds in which an address has to answer
 MEMORY = 2**30  # bytes that the first calls ask for; torch and the libraries take most of it
@@ -41,7 +46,10 @@ INSTALL = "pip install 'compressor-ai[ray]' (or pip install ray)"
 
 @contextlib.contextmanager
 def executor_for(
-    workers: int | None, address: str | None, show: Callable[[str], None] = lambda text: None
+    workers: int | None,
+    address: str | None,
+    show: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Executor]:
     """Yield the executor of the options ``--workers`` and ``--ray``; without them, this process.
 
@@ -49,6 +57,7 @@ def executor_for(
         workers: number of workers; None takes all cores of the cluster.
         address: address of a cluster; None starts Ray on this machine.
         show: called with a line on the workers, their rate and what is left.
+        warn: called with a sentence on what does not run on them.
 
     Raises:
         ExecutorError: Ray is not installed, or the cluster cannot be reached.
@@ -58,13 +67,13 @@ def executor_for(
         return
     if util.find_spec("ray") is None:
         raise ExecutorError(f"--workers and --ray need Ray, which is not installed: {INSTALL}.")
-    with _connected(workers, address) as cores:
-        yield OnRay(cores if workers is None else workers, show)
+    with _connected(workers, address) as (cores, alone):
+        yield OnRay(cores if workers is None else workers, show, warn, alone=alone)
 
 
 @contextlib.contextmanager
-def _connected(workers: int | None, address: str | None) -> Iterator[int]:
-    """Start Ray on this machine, or connect to a cluster; yield its number of cores."""
+def _connected(workers: int | None, address: str | None) -> Iterator[tuple[int, bool]]:
+    """Start Ray on this machine, or connect to a cluster; yield its number of cores, and whether it is this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -74,7 +83,7 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
         present = ray.get_runtime_context().gcs_address
         if address not in (None, AUTO, present):
             raise ExecutorError(f"this program is connected to Ray at {present}, not at {address}; leave out --ray.")
-        yield _cores()
+        yield _cores(), False
         return
     # "local": without an address, Ray would look for a cluster of this machine first.
     alone = {"address": "local", "num_cpus": workers, "include_dashboard": False}
@@ -86,7 +95,7 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **chosen)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray sets one of its own
-        yield _cores()
+        yield _cores(), address is None
     except (OSError, RuntimeError, ValueError) as error:
         if ray.is_initialized():
             raise
@@ -128,25 +137,61 @@ def _check_address(address: str) -> None:
 class OnRay:
     """Runs calls as tasks of Ray. Handles are references to its object store.
 
-    Ray starts a task where a core and its `memory` are free: what the calls before it took, and some more.
+    Ray starts a task where a core and its `memory` are free: what the calls before it took, and some more. `alone` says
+    that no other machine can join.
     """
 
-    def __init__(self, workers: int, show: Callable[[str], None] = lambda text: None) -> None:
+    threads: int | None = 1
+
+    def __init__(
+        self,
+        workers: int,
+        show: Callable[[str], None] = lambda text: None,
+        warn: Callable[[str], None] = lambda text: None,
+        *,
+        alone: bool = False,
+    ) -> None:
         import ray
 
-        self.workers, self.show, self.memory = workers, show, MEMORY
+        self.workers, self.show, self.warn, self.memory, self.alone = workers, show, warn, MEMORY, alone
+        self.said: list[str] = []
         self._shared = SharedTensors(ray.put)
         self._task = ray.remote(num_cpus=1, num_returns=2, max_retries=RETRIES)(_call)
         # The workers import torch while the model is loaded. The first results are waited for, so that no worker still
         # starts while something is timed.
         self._starting = [self._task.remote(bool)[0] for _ in range(workers)]
 
+    def say(self, sentence: str) -> None:
+        """Warn, once of each thing."""
+        if sentence not in self.said:
+            self.said.append(sentence)
+            self.warn(sentence)
+
     def share(self, value: Value) -> Value:
         """Put a value into the object store, and those of its tensors that are not there yet."""
         import ray
 
-        handle: Any = ray.put(self._shared.packed(value))
+        try:
+            handle: Any = ray.put(self._shared.packed(value))
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise UnsharableError(f"it cannot be sent to workers: {_sentence(error)}") from error
         return handle  # type: ignore[no-any-return]
+
+    def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
+        """Put the files into the object store, unless all workers are on this machine."""
+        import ray
+
+        files = tuple(paths)
+        contents = None if self.alone else ray.put([bytes_of(path) for path in files])
+        handle: Any = SharedFiles(files, _machine(), contents)
+        return handle  # type: ignore[no-any-return]
+
+    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+        """Yield a few values at a time, fewer where that leaves no worker without a call."""
+        left, most = iter(values), min(max(math.ceil(count / self.workers), 1), AT_ONCE)
+        while part := list(islice(left, most)):
+            handle: Any = packed(part)
+            yield handle
 
     def share_each(self, make: Callable[[], Iterable[Value]]) -> Iterable[Value]:
         """Put each value into the object store."""
@@ -157,30 +202,39 @@ class OnRay:
 
     def keep(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Sequence[Result]:
         """Run all calls, and leave their results in the object store."""
-        while self._starting:
-            _result(self._starting.pop())
+        self._wait_for_workers()
         handles = [self._submitted(function, call) for call in calls]
         for _, taken in handles:
             self._note(_result(taken))
         kept: list[Any] = [result for result, _ in handles]
         return kept
 
-    def run(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    def run(
+        self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], total: int = 0
+    ) -> Iterator[Result]:
         """Yield the result of each call, in order, with `AHEAD` calls for each worker on the way."""
-        left, waiting, start = collections.deque(calls), collections.deque[tuple[Any, Any]](), time.perf_counter()
-        total = len(left)
+        self._wait_for_workers()
+        left, waiting, start = iter(calls), collections.deque[tuple[Any, Any]](), time.perf_counter()
+        done = 0
         try:
-            for done in range(total):
-                while left and len(waiting) < AHEAD * self.workers:
-                    waiting.append(self._submitted(function, left.popleft()))
+            while True:
+                for call in islice(left, AHEAD * self.workers - len(waiting)):
+                    waiting.append(self._submitted(function, call))
+                if not waiting:
+                    return
                 handle, taken = waiting.popleft()
                 result = _value(_result(handle))
                 self._note(_result(taken))
-                rate = (done + 1) / (time.perf_counter() - start)
-                self.show(f"{self.workers} workers, {rate:.1f} shards/s, {total - done - 1} left")
+                done += 1
+                rate = done / (time.perf_counter() - start)
+                self.show(f"{self.workers} workers, {rate:.1f} shards/s" + (f", {total - done} left" if total else ""))
                 yield result
         finally:
             _abandon([handle for handle, _ in waiting])
+
+    def _wait_for_workers(self) -> None:
+        while self._starting:
+            _result(self._starting.pop())
 
     def _submitted(self, function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, Any]:
         """Submit a call; return the handles of its result and of the memory that its worker took."""
@@ -248,13 +302,44 @@ def _call(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, int | 
     """Call a function on the values of its arguments, with one thread; the values of an iterator become a list.
 
     Returns:
-        The result, and the bytes of memory of this process alone.
+        The result, and the bytes of memory of this process alone while it computed the result.
     """
     import torch
 
     torch.set_num_threads(1)
-    result = function(*map(_value, arguments))
-    return packed(list(result) if isinstance(result, Iterator) else result), own_memory()
+    with contextlib.ExitStack() as until_the_end:
+        result = function(*(_opened(argument, until_the_end) for argument in arguments))
+        taken = own_memory()
+        if isinstance(result, Iterator):
+            result, memory = _consumed(result)
+            taken = memory if taken is None or memory is None else max(taken, memory)
+    return packed(result), taken
+
+
+def _consumed(values: Iterator[Any]) -> tuple[list[Any], int | None]:
+    """Return all values, and the most memory that this process alone had when one was computed."""
+    found, most = [], own_memory()
+    for value in values:
+        found.append(value)
+        memory = own_memory()
+        most = memory if most is None or memory is None else max(most, memory)
+    return found, most
+
+
+def _opened(argument: Any, stack: contextlib.ExitStack) -> Any:
+    """Return the value of an argument; files stay until the stack ends."""
+    if isinstance(argument, SharedFiles):
+        import ray
+
+        return stack.enter_context(argument.on(_machine(), ray.get))
+    return _value(argument)
+
+
+def _machine() -> str:
+    """Return the name that Ray gives the machine of this process."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _value(argument: Any) -> Any:

@@ -6,8 +6,10 @@ offsets stay as they are, because another layout can change the rounding of a ma
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
+import types
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -99,7 +101,7 @@ class _Stored:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a value with a number for the memory of each tensor.
+    """Pickles a value with a number for the memory of each tensor, and modules by name.
 
     Attributes:
         tensors: a tensor by the address of its memory, in the order of their numbers.
@@ -123,6 +125,11 @@ class _Pickler(pickle.Pickler):
         self.tensors.setdefault(address, value)
         number = self.numbers.setdefault(address, len(self.numbers))
         return number, value.dtype, value.storage_offset(), tuple(value.shape), value.stride()
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, types.ModuleType):
+            return importlib.import_module, (value.__name__,)
+        return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):

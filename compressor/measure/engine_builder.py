@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from compressor.executor.base import Executor, InProcess
 from compressor.lower.checkpoint import CONFIG
 from compressor.lower.cut import encoder_decoder, vision_language
 from compressor.lower.cut.two_towers import cut_towers
@@ -20,6 +21,7 @@ from compressor.measure.workload import generation_lengths, workload_calls
 from compressor.quality.evaluate import BATCH
 from compressor.quantize.precision import Source
 from compressor.settings import Settings
+from compressor.target.opener import Opener
 from compressor.target.stand_in import load_for_quality
 from compressor.workspace.folder_errors import readable_errors
 from compressor.workspace.output_folder import copy_onnx, engine_bytes
@@ -41,6 +43,7 @@ class EngineBuilder:
         options: where engines run and which sizes they take.
         scratch: a folder; each engine gets a folder of its own in it.
         compiled: engines that take long to build and are built once: those from exported programs and GGUF files.
+        executor: runs engines over the data to measure their quality.
     """
 
     subject: ModelAndData
@@ -48,6 +51,7 @@ class EngineBuilder:
     options: BuildOptions
     scratch: Path
     compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
+    executor: Executor = dataclasses.field(default_factory=InProcess, repr=False)
 
     def fold(self, graph: Graph) -> Graph:
         """Return a folded fork that is ready to be lowered.
@@ -118,14 +122,14 @@ class EngineBuilder:
         """Return a function for each engine that opens it for timing; `engines` are paths that `build` returned."""
         return {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
 
-    def quality_openers(self, engines: Mapping[str, Path]) -> dict[str, Callable[[], Engine]]:
+    def quality_openers(self, engines: Mapping[str, Path]) -> dict[str, Opener]:
         """Return a function for each engine that opens it to measure its outputs, in the arithmetic of the target.
 
         These engines are open at the same time, so their waiting threads do not spin, which would take the cores from
         the others.
         """
         options = dataclasses.replace(self.options, spinning=False)
-        return {name: partial(load_for_quality, self.target, path, options) for name, path in engines.items()}
+        return {name: Opener(partial(load_for_quality, self.target), options, path) for name, path in engines.items()}
 
     def calibration_batches(self) -> Iterator[Feeds]:
         """Return a fresh stream of calibration batches."""

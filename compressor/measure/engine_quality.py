@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from compressor.data.splits import Split
+from compressor.data.splits import Batch, Split
+from compressor.executor.base import Executor, InProcess, UnsharableError
 from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.models import Model
-from compressor.quality.evaluate import Evaluation, Runner, evaluate
+from compressor.models.base import EvaluatedOutput
+from compressor.quality.evaluate import BATCH, Evaluation, Measured, Part, Runner
 from compressor.quality.intervals import Array
+from compressor.target.opener import Opener
 from compressor.workspace.progress import Steps, Tick
 from runtimes.base.protocols import Engine, RuntimesError
+
+HERE = "quality is measured in this process"
 
 
 def quality_on_test(
@@ -40,24 +47,79 @@ def evaluate_engines(
     builder: EngineBuilder, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick
 ) -> Evaluation:
     """Open all engines at the same time and evaluate them on a split."""
-    return evaluate_openers(builder.quality_openers(engines), builder.subject, split, reference, tick)
+    return evaluate_openers(builder.quality_openers(engines), builder.subject, split, reference, tick, builder.executor)
 
 
 def evaluate_openers(
-    openers: Mapping[str, Callable[[], Engine]], subject: ModelAndData, split: Split, reference: str, tick: Tick
+    openers: Mapping[str, Opener],
+    subject: ModelAndData,
+    split: Split,
+    reference: str,
+    tick: Tick,
+    executor: Executor | None = None,
 ) -> Evaluation:
-    """Open engines and evaluate them side by side on a split; the others are compared with `reference`."""
-    with contextlib.ExitStack() as opened:
-        engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
-        runners = {name: _runner(name, engine, subject.model) for name, engine in engines.items()}
-        return evaluate(split, runners, head=subject.head, metric=subject.metric, reference=reference, progress=tick)
+    """Open engines and evaluate them side by side on a split; the others are compared with `reference`.
+
+    Args:
+        openers: the engines by name.
+        subject: the model and its data.
+        split: the samples.
+        reference: name of an engine.
+        tick: shows progress.
+        executor: runs the engines over the batches; None is this process. Engines that cannot run on its workers run
+            here, and it says so.
+    """
+    measured = Measured(subject.head, subject.metric, reference)
+    executor = InProcess() if executor is None else executor
+    if any(opener.options.device != "cpu" for opener in openers.values()):
+        executor.say(f"{HERE}, because workers use no GPUs.")
+        executor = InProcess()
+    engines = _Engines(
+        {name: opener.with_threads(executor.threads) for name, opener in openers.items()},
+        subject.model.evaluated_output,
+        measured,
+    )
+    try:
+        shared = executor.share(engines)
+    except UnsharableError as error:
+        executor.say(f"{HERE}, because a model is not one that can be sent to workers ({error}).")
+        return evaluate_openers(openers, subject, split, reference, tick)
+    files = executor.share_files(dict.fromkeys(file for opener in openers.values() for file in opener.files))
+    placed = executor.divide(measured.batches(split), math.ceil(len(split) / BATCH))
+    parts = executor.run(_parts, ((shared, files, batches) for batches in placed))
+    return measured.joined(chain.from_iterable(parts), split, tick)
 
 
-def _runner(name: str, engine: Engine, model: Model) -> Runner:
+@dataclass(frozen=True)
+class _Engines:
+    """Engines that are opened where they run.
+
+    Attributes:
+        openers: the engines by name.
+        output: the output that is evaluated.
+        measured: the evaluation.
+    """
+
+    openers: Mapping[str, Opener]
+    output: EvaluatedOutput
+    measured: Measured
+
+
+def _parts(engines: _Engines, files: Mapping[Path, Path], batches: Iterable[tuple[Batch, int]]) -> Iterator[Part]:
+    """Open the engines, from where their files are, and yield the part of each batch."""
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context(opener.on(files)()) for name, opener in engines.openers.items()}
+        runners = {name: _runner(name, engine, engines.output) for name, engine in opened.items()}
+        for batch, place in batches:
+            yield engines.measured.part(runners, batch, place)
+
+
+def _runner(name: str, engine: Engine, output: EvaluatedOutput) -> Runner:
     def answer(feeds: Mapping[str, Array]) -> Array:
         try:
-            return model.evaluated(engine.run(feeds))
+            values: Array = output.of(engine.run(feeds))
         except RuntimesError as error:  # such as inputs of another shape; several engines run side by side
             raise type(error)(f"{name}: {error}") from error
+        return values
 
     return answer

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from compressor.lower.traced_model import ModelAndData
+from compressor.lower.traced_model import TracedModel
 from compressor.measure.engine_builder import EngineBuilder, with_input_sizes
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.latency import EngineTimer
@@ -84,18 +84,19 @@ class GraphEvaluator:
 
 
 def graph_evaluator(
-    subject: ModelAndData, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
+    subject: TracedModel, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
 ) -> GraphEvaluator:
     """Return the evaluator of a model on a target.
 
     Args:
-        subject: the model and its data.
+        subject: the model and its data, with the executor that runs its engines over them.
         target: builds the engines.
         options: device and threads of the engines; the sizes are set here.
         settings: precision, calibration, batch, rounds and generation.
         scratch: a folder for engines.
     """
-    builder = EngineBuilder(subject, target, with_input_sizes(options, subject, settings), scratch)
+    sized = with_input_sizes(options, subject, settings)
+    builder = EngineBuilder(subject, target, sized, scratch, executor=subject.executor)
     timer = EngineTimer(workload_calls(subject, settings), settings.rounds)
     converter = PrecisionConverter(builder, timer, settings.calibration, settings.max_precision_loss)
     return GraphEvaluator(builder, timer, converter, settings.precision)

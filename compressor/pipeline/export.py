@@ -165,7 +165,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     with (
         output_folder(output, force=settings.force, say=steps.say) as folder,
         scratch_folder(output) as scratch,
-        executor_for(settings.workers, settings.ray, steps.show) as executor,
+        executor_for(settings.workers, settings.ray, steps.show, steps.warn) as executor,
     ):
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
@@ -507,7 +507,12 @@ def _heal(
         validation = None if choice.search is None else choice.search.validation
         if validation is None:
             validation = ValidationLoss(
-                subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
+                subject.graph,
+                subject.model,
+                subject.data.validation,
+                subject.metric,
+                settings.budget,
+                subject.executor,
             )
         return heal(
             settings.heal,
@@ -563,6 +568,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes += [] if subject.data.prompts is None else [subject.data.prompts.sentence()]
     notes += image_token_stages.sentences(report.image_tokens)
     notes += [] if report.generation is None else shares_of_time(report.generation)
+    notes += subject.executor.said
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
     return (*notes, *report.slower(), *report.missed(), *report.exceeded())

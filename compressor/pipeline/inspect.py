@@ -59,7 +59,7 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
     # Only a run within a memory limit has temporary files.
     with (
         contextlib.nullcontext() if settings.max_memory is None else output_lock(output, steps.say),
-        executor_for(settings.workers, settings.ray, steps.show) as executor,
+        executor_for(settings.workers, settings.ray, steps.show, steps.warn) as executor,
     ):
         return _inspection(settings, steps, executor)
 

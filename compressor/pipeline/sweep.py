@@ -56,7 +56,7 @@ def sweep(
     with (
         output_folder(output, force=settings.force, say=steps.say) as folder,
         scratch_folder(output) as scratch,
-        executor_for(settings.workers, settings.ray, steps.show) as executor,
+        executor_for(settings.workers, settings.ray, steps.show, steps.warn) as executor,
     ):
         subject = check_original(load(settings, steps, executor=executor), steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
@@ -86,7 +86,11 @@ def sweep(
                 *of_sweep(subject, settings.precision, target.name, conversions, left_out),
                 *of_timings(evaluator.timer.unsteady),
             ),
-            notes=(*price_notes(facts_of(search)), *(sentence for sentence in excesses if sentence is not None)),
+            notes=(
+                *price_notes(facts_of(search)),
+                *subject.executor.said,
+                *(sentence for sentence in excesses if sentence is not None),
+            ),
         )
         (folder / "plans").mkdir()
         for point in front.points:

@@ -49,18 +49,25 @@ def _of_search(settings: Settings) -> Iterator[tuple[str, str]]:
     if drop == "none" or drop.endswith(".json"):
         yield "actions", f"but --drop {drop} chooses no action; give another --drop"
     if _runs_nothing(settings):
+        given = "random weights" if settings.random_weights else "random data"
         for name in ("workers", "ray"):
-            yield name, f"whose processes choose a plan or fit maps, with --drop {drop}; give --drop auto or a number"
+            yield (
+                name,
+                f"whose processes choose a plan, fit maps or measure quality, with --drop {drop} and {given}; give "
+                "--drop with a number",
+            )
     if settings.heal == "none":
         yield "heal_budget", "which is the time limit of healing, without healing; give --heal"
 
 
 def _runs_nothing(settings: Settings) -> bool:
-    """Return whether an export neither searches nor ranks, and fits no map."""
+    """Return whether an export neither searches nor ranks, fits no map, and measures no quality."""
     if isinstance(settings, InspectSettings) or settings.drop == AUTO or settings.drop.endswith(".json"):
         return False
+    if not settings.random_weights and str(settings.data) != "random":
+        return False
     named = settings.drop == "none" or bool(parse(settings.drop).names)
-    return named and settings.chosen_actions == ("drop",)
+    return named and settings.chosen_actions == ("drop",) and settings.heal == "none"
 
 
 def _of_engine(settings: Settings) -> Iterator[tuple[str, str]]:

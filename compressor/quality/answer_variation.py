@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array
 
 ROUNDING = 1e-5  # differences of two rows, relative to their largest magnitude, that rounding explains
+KEPT = 2**20  # values of a row that are kept to compare batches by; a row of logits of tokens can have 1,000 times more
 
 
 @dataclass
@@ -19,7 +21,8 @@ class AnswerVariation:
     Attributes:
         head: how the answers are evaluated.
         rows: number of rows so far.
-        varies: whether two rows differ by more than rounding. Rows of batches with another shape are not compared.
+        varies: whether two rows differ by more than rounding. Rows of batches with another shape are not compared; of
+            batches that were added by `join`, at most `KEPT` evenly spaced values of the first rows are.
         classes: the classes that were predicted; empty for outputs without one class for each row.
     """
 
@@ -28,6 +31,19 @@ class AnswerVariation:
     varies: bool = False
     classes: set[int] = field(default_factory=set)
     _first: Array | None = None
+    _shape: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(head: Head, answer: Array) -> AnswerVariation:
+        """Return that of one batch, to be added to others by `join`; it is small."""
+        found = AnswerVariation(head)
+        found.add(answer)
+        if found.varies:  # so does every sum
+            found._first = None
+        elif found._first is not None:
+            values = found._first.reshape(-1)
+            found._first = values[:: math.ceil(values.size / KEPT)].copy() if values.size > KEPT else values
+        return found
 
     @property
     def constant(self) -> bool:
@@ -49,9 +65,20 @@ class AnswerVariation:
         self.rows += len(answer)
         if answer.ndim == 2 and (classes := self.head.decisions(answer)) is not None and classes.ndim == 1:
             self.classes.update(np.unique(classes).tolist())
-        if self._first is None or self._first.shape != answer.shape[1:]:
-            self._first = np.array(answer[0])
+        if self._first is None or self._shape != answer.shape[1:]:
+            self._first, self._shape = np.array(answer[0]), answer.shape[1:]
         self.varies = self.varies or any(_differ(self._first, row) for row in answer)
+
+    def join(self, batch: AnswerVariation) -> None:
+        """Take in a further batch, as `of` returns it."""
+        self.rows += batch.rows
+        self.classes |= batch.classes
+        self.varies = self.varies or batch.varies
+        if self.varies or batch._first is None:
+            return
+        if self._first is None or self._shape != batch._shape:
+            self._first, self._shape = batch._first, batch._shape
+        self.varies = _differ(self._first, batch._first)
 
 
 def _differ(one: Array, other: Array) -> bool:

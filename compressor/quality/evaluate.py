@@ -6,7 +6,7 @@ sample by sample and a bootstrap interval for every figure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -185,29 +185,91 @@ def evaluate(
     Raises:
         EvaluationError: an output contains NaN or infinity, or models have outputs of other shapes.
     """
-    parts: dict[str, list[Columns]] = {name: [] for name in runners}
-    changed: dict[str, list[Disagreement]] = {name: [] for name in runners}
-    owners: list[str] = []
-    done, variation = 0, AnswerVariation(head)
-    for batch in split.whole(batch_size) if head.by_window else split.bounded_batches(batch_size):
-        original = runners[reference](batch.feeds)
-        variation.add(original)
+    measured = Measured(head, metric, reference)
+    parts = (measured.part(runners, batch, place) for batch, place in measured.batches(split, batch_size))
+    return measured.joined(parts, split, progress)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an evaluation keeps of one batch.
+
+    Attributes:
+        ids: the sample of each row of the columns.
+        columns: columns by model.
+        changed: the disagreements with the reference by model, those of the largest regret.
+        variation: that of the reference.
+        outputs: number of classes, or of tokens in the vocabulary.
+    """
+
+    ids: tuple[str, ...]
+    columns: Mapping[str, Columns]
+    changed: Mapping[str, Sequence[Disagreement]]
+    variation: AnswerVariation
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation of models, batch by batch: in any process, and in any number of them.
+
+    Attributes:
+        head: how outputs are evaluated.
+        metric: a metric of this head.
+        reference: name of the model that the others are compared with.
+    """
+
+    head: Head
+    metric: str
+    reference: str
+
+    def batches(self, split: Split, batch_size: int = BATCH) -> Iterator[tuple[Batch, int]]:
+        """Yield each batch with the place of its first sample in the split."""
+        owners, place = set[str](), 0
+        for batch in split.whole(batch_size) if self.head.by_window else split.bounded_batches(batch_size):
+            yield batch, place
+            owners.update(batch.ids if self.head.by_window else ())
+            place = len(owners) if self.head.by_window else place + len(batch.ids)
+
+    def part(self, runners: Mapping[str, Runner], batch: Batch, place: int) -> Part:
+        """Run all models on one batch.
+
+        Raises:
+            EvaluationError: an output contains NaN or infinity, or models have outputs of other shapes.
+        """
+        original = runners[self.reference](batch.feeds)
+        columns, changed = dict[str, Columns](), dict[str, Sequence[Disagreement]]()
         for name, runner in runners.items():
-            answer = original if name == reference else runner(batch.feeds)
-            _check_outputs(name, answer, reference, original)
-            columns = sample_columns(head, metric, batch, answer, original, name)
-            parts[name].append(columns)
-            changed[name] = largest_regret(
-                [*changed[name], *head.disagreements(batch, answer, original, columns, done)]
-            )
-        owners += batch.ids
-        done = len(set(owners)) if head.by_window else done + len(batch.ids)
-        if progress is not None:
-            progress(done, len(split))
-    joined = {name: join(columns) for name, columns in parts.items()}
-    if head.by_window:
-        joined = {name: by_text(columns, owners) for name, columns in joined.items()}
-    return Evaluation(metric, joined, changed, head, original.shape[-1], variation)
+            answer = original if name == self.reference else runner(batch.feeds)
+            _check_outputs(name, answer, self.reference, original)
+            columns[name] = sample_columns(self.head, self.metric, batch, answer, original, name)
+            changed[name] = largest_regret(self.head.disagreements(batch, answer, original, columns[name], place))
+        return Part(batch.ids, columns, changed, AnswerVariation.of(self.head, original), original.shape[-1])
+
+    def joined(
+        self, parts: Iterable[Part], split: Split, progress: Callable[[int, int], None] | None = None
+    ) -> Evaluation:
+        """Put the parts of all batches together, in their order.
+
+        Args:
+            parts: one for each batch.
+            split: the samples.
+            progress: called with the number of samples done and the total.
+        """
+        columns, changed = dict[str, list[Columns]](), dict[str, list[Disagreement]]()
+        rows, variation = list[str](), AnswerVariation(self.head)
+        for part in parts:
+            variation.join(part.variation)
+            for name, found in part.columns.items():
+                columns.setdefault(name, []).append(found)
+                changed[name] = largest_regret([*changed.get(name, ()), *part.changed[name]])
+            rows += part.ids
+            if progress is not None:
+                progress(len(set(rows)) if self.head.by_window else len(rows), len(split))
+        joined = {name: join(found) for name, found in columns.items()}
+        if self.head.by_window:
+            joined = {name: by_text(found, rows) for name, found in joined.items()}
+        return Evaluation(self.metric, joined, changed, self.head, part.outputs, variation)
 
 
 def _check_outputs(name: str, answer: Array, reference: str, original: Array) -> None:

@@ -123,11 +123,12 @@ class OutputDivergence:
         batches = zip(self._feeds, self._originals, strict=True)
         calls = ((part, *batch) for batch in batches for part in parts)
         found: dict[Key | None, list[Array]] = {key: [] for key in (None, *variants)}
-        for done, divergences in enumerate(self.executor.run(self.compared.divergences, calls), 1):
+        total = len(self._originals) * len(parts)
+        for done, divergences in enumerate(self.executor.run(self.compared.divergences, calls, total), 1):
             for key, rows in divergences.items():
                 found[key].append(rows)
             if self.progress is not None:
-                self.progress(done, len(self._originals) * len(parts), len(variants))
+                self.progress(done, total, len(variants))
         self.sweeps += forks.share
         best = {key: _at_best_scale(np.concatenate(parts)) for key, parts in found.items()}
         return best[None], {key: best[key] for key in variants}

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import length_hint
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ class ValidationLoss:
     def _whole_columns(self) -> Iterator[Columns]:
         """Run the original on all batches, and keep its outputs if the metric compares with them."""
         calls = ((self._program, batch) for batch in self._batches)
-        for columns, answer in self.executor.run(self._measured.original, calls):
+        for columns, answer in self.executor.run(self._measured.original, calls, length_hint(self._batches)):
             self._keep(answer)
             yield columns
         self.sweeps += 1
@@ -161,7 +162,7 @@ class ValidationLoss:
         program = self.executor.share(Program(graph))
         batches = zip(self._batches, self._answers, strict=True)
         calls = ((program, self._program, *batch) for batch in batches)
-        for samples, columns in self.executor.run(self._measured.changed, calls):
+        for samples, columns in self.executor.run(self._measured.changed, calls, length_hint(self._batches)):
             self.sweeps += samples / len(self.split)
             yield columns
 

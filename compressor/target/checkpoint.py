@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError
@@ -37,6 +37,10 @@ class Transformers:
     own: tuple[str, ...] = ()
     int8: Int8Style = field(default_factory=lambda: Int8Style("int8", convolutions=False))
     opened: dict[Path, Module] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the loaded models, which other processes load themselves."""
+        return Transformers, (self.task, self.cache)
 
     def missing(self) -> str | None:
         """Return None if transformers is installed, else what to install."""

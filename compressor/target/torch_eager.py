@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,24 @@ Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
+class CallableModel:
+    """What an engine needs of a `Model`, under the same names."""
+
+    name: str
+    module: torch.nn.Module
+    call: Call
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: Mapping[str, torch.Tensor]
+    dynamic_axes: Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
 class Module:
     """A loaded model that can be opened as an engine.
 
     Attributes:
-        model: the loaded model.
+        model: the loaded model; in another process, what the engine needs of it.
         compiles: whether the module runs through torch.compile.
         backend: the backend of torch.compile.
         compiled: the compiled functions by the shapes of the inputs. They are kept because a timing opens an engine for
@@ -34,6 +47,14 @@ class Module:
     compiles: bool = False
     backend: str = "inductor"
     compiled: dict[tuple[tuple[int, ...], ...], Call] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what an engine needs of the model; preprocessing and tokenizers cannot all be pickled."""
+        model = self.model
+        needed = CallableModel(
+            model.name, model.module, model.call, model.inputs, model.outputs, model.example, model.dynamic_axes
+        )
+        return Module, (needed, self.compiles, self.backend)
 
     def open(self, options: BuildOptions) -> TorchEngine:
         """Open the model on the CPU with the threads of the options.

@@ -46,6 +46,7 @@ __all__ = [
     "check_writable",
     "copy_onnx",
     "engine_bytes",
+    "engine_files",
     "output_folder",
     "read_manifest",
     "scratch_folder",
@@ -208,8 +209,20 @@ def engine_bytes(path: Path) -> int:
 def _file_bytes(path: Path) -> int:
     if path.name == "config.json":
         return sum(part.stat().st_size for part in path.parent.rglob("*.safetensors"))
+    return sum(part.stat().st_size for part in _with_weights(path))
+
+
+def engine_files(path: Path) -> tuple[Path, ...]:
+    """Return the files that an engine is opened from: those of `engine_bytes`, and all files of a checkpoint."""
+    if path.name == "config.json":
+        return tuple(sorted(part for part in path.parent.iterdir() if part.is_file()))
+    return tuple(file for part in part_files(path) for file in _with_weights(part))
+
+
+def _with_weights(path: Path) -> list[Path]:
+    """Return a file with the weights beside it."""
     weights = (path.with_name(path.name + ".data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else []))
-    return sum(part.stat().st_size for part in (path, *weights) if part.exists())
+    return [part for part in (path, *weights) if part.exists()]
 
 
 def copy_onnx(source: Path, destination: Path) -> Path:

@@ -320,6 +320,13 @@ def test_calibration_samples_in_the_test_split_are_reported(
         (["BROKEN"], {}, CompressorError, "it has no valid manifest.json"),
         (["vit_basse_patch16_224"], {"data": "random"}, CompressorError, "did you mean vit_base"),
         (
+            ["OUT"],
+            {"data": "random", "workers": 2},
+            SettingsError,
+            "found --workers 2, whose processes measure quality, but",
+        ),
+        (["OUT"], {"random_weights": True, "ray": "auto"}, SettingsError, "but the weights are random, so none is"),
+        (
             [FACTORY, SIX],
             {"data": "NOISE"},
             CompressorError,

@@ -1,5 +1,6 @@
 """Tests of the executors: the results of a search do not depend on where it runs, nor on workers that die."""
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -12,8 +13,9 @@ import torch
 
 from compressor.errors import SettingsError
 from compressor.executor.base import Batches, ExecutorError, InProcess
-from compressor.executor.on_ray import OnRay, executor_for
+from compressor.executor.on_ray import AHEAD, OnRay, _value, executor_for
 from compressor.executor.packed import SharedTensors, packed
+from compressor.executor.shared_files import bytes_of
 from compressor.measure.workload import Call
 from compressor.quality.evaluate import BATCH, EvaluationError, tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
@@ -107,6 +109,51 @@ def test_results_come_in_order_and_are_those_of_this_process(on_ray):
         results[executor] = [*executor.run(product, ((shared, part) for part in kept))]
     for left, right in zip(*results.values(), strict=True):
         assert torch.equal(left, right)
+
+
+def total(numbers):
+    return sum(numbers)
+
+
+@needs_ray
+def test_values_that_arrive_one_by_one_are_divided_as_workers_ask_for_them(on_ray):
+    """Of a stream of batches, only those of the calls on the way are in memory."""
+    made = []
+
+    def stream():
+        for number in range(60):
+            made.append(number)
+            yield number
+
+    results = on_ray.run(total, ((part,) for part in on_ray.divide(stream(), 60)))
+    assert next(results) == 0 + 1 + 2 + 3
+    assert len(made) <= 4 * (AHEAD * on_ray.workers + 1)
+    assert sum(results) == sum(range(4, 60))
+    assert [len(list(part)) for part in InProcess().divide(stream(), 60)] == [60]
+    sizes = [len(_value(part)) for part in on_ray.divide(range(3), 3)]
+    assert sizes == [2, 1]  # each worker has something to do
+
+
+def contents(places):
+    return {path: (place, place.read_text()) for path, place in places.items()}
+
+
+@needs_ray
+def test_files_are_read_in_place_or_from_copies(on_ray, tmp_path):
+    paths = [tmp_path / name / "weights" for name in ("one", "other")] + [tmp_path / "one" / "empty"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("" if path.name == "empty" else path.parent.name)
+    shared = on_ray.share_files(paths)
+    here = contents(InProcess().share_files(paths))
+    assert list(on_ray.run(contents, [(shared,)])) == [here]
+    elsewhere = dataclasses.replace(shared, machine="another", contents=[bytes_of(path) for path in paths])
+    with elsewhere.on("this one", lambda arrays: arrays) as places:
+        found = contents(places)
+        assert {path: text for path, (_, text) in found.items()} == {path: path.read_text() for path in paths}
+        assert len({place.parent for place in places.values()}) == 2
+        assert not {*places.values()} & {*paths}
+    assert not any(place.exists() for place in places.values())
 
 
 @needs_ray

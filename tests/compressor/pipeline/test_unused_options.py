@@ -27,8 +27,14 @@ REFUSED = [
     ({"drop": "blocks.1.mlp", "metric": "output"}, "with --drop blocks.1.mlp; give --drop such as 4 or 25%"),
     ({"drop": "plan.json", "metric": "random"}, "with --drop plan.json; give --drop such as 4 or 25%"),
     ({"drop": "plan.json", "actions": "linear"}, "found --actions linear, but --drop plan.json chooses no action"),
-    ({"drop": "none", "workers": 2}, "found --workers 2, whose processes choose a plan or fit maps, with --drop none"),
-    ({"drop": "blocks.1.mlp", "ray": "auto"}, "found --ray auto, whose processes choose a plan"),
+    (
+        {"drop": "none", "workers": 2, "data": "random"},
+        "found --workers 2, whose processes choose a plan, fit maps or measure quality, with --drop none and random",
+    ),
+    (
+        {"drop": "blocks.1.mlp", "ray": "auto", "random_weights": True},
+        "measure quality, with --drop blocks.1.mlp and random weights; give --drop with a number",
+    ),
     ({"target": "openvino", "merge_decoder": True}, "found --merge-decoder, which merges ONNX files of an encoder-"),
     ({"target": "tensorrt", "threads": 2}, "found --threads 2, but engines of tensorrt run on the GPU; choose another"),
 ]
@@ -44,7 +50,8 @@ USED: list[dict[str, Any]] = [
     {"drop": "attention:2", "metric": "random"},
     {"drop": "none", "metric": "output", "search_samples": 8},
     {"drop": "blocks.1.mlp", "actions": "linear", "workers": 2},
-    {"drop": "4", "ray": "auto"},
+    {"drop": "4", "ray": "auto", "data": "random"},
+    {"drop": "none", "workers": 2},
     {"target": "tensorrt", "threads": 2, "defer_build": True},
     {"merge_decoder": True},
 ]

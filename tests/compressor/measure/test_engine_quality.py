@@ -1,0 +1,159 @@
+"""Evaluation of engines in this process and on workers of a simulated cluster, whose machines do not have the files."""
+
+import dataclasses
+import itertools
+import os
+import signal
+from importlib import util
+
+import numpy as np
+import pytest
+
+from compressor.executor.base import InProcess, UnsharableError
+from compressor.executor.on_ray import executor_for
+from compressor.lower.traced_model import ModelAndData
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_quality import evaluate_engines, evaluate_openers
+from compressor.measure.latency import EngineTimer
+from compressor.measure.precision_converter import PrecisionConverter
+from compressor.measure.workload import RUN, Call
+from compressor.quality.evaluate import BATCH
+from compressor.target.opener import Opener
+from compressor.target.torch_eager import Module
+from compressor.workspace.output_folder import engine_files
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
+from tests.samples import digits
+
+pytest.importorskip("onnxruntime")
+needs_ray = pytest.mark.skipif(util.find_spec("ray") is None, reason="Ray is not installed")
+STORE = {"object_store_memory": 200_000_000}
+
+
+@pytest.fixture(scope="module")
+def on_cluster():
+    """Start a cluster of this machine, without cores, and another one with two."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head | STORE)
+    try:
+        nodes.add_node(num_cpus=2, **STORE)
+        with executor_for(None, nodes.address) as executor:
+            assert executor.workers == 2
+            yield executor
+    finally:
+        nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return a builder, and the float and the int8 file of the embedded model, with external data beside the former."""
+    model, data, graph, _ = digits()
+    options = BuildOptions(batches=(1, 1, BATCH))
+    builder = EngineBuilder(ModelAndData(model, data), runtime("onnxruntime"), options, tmp_path_factory.mktemp("e"))
+    file = builder.lower(builder.fold(graph), "float")
+    return builder, file
+
+
+def converted(builder, file, executor, folder):
+    """Convert a file to int8 and return layers to float, as no loss is small enough; return its path and the facts."""
+    feeds = {name: value[:1].numpy() for name, value in builder.subject.model.example.items()}
+    builder = dataclasses.replace(builder, executor=executor)
+    timer = EngineTimer({RUN: Call.alone(feeds)}, 1)
+    copy = folder / file.name
+    copy.write_bytes(file.read_bytes())
+    source, facts = PrecisionConverter(builder, timer, "typical", -1.0).convert(copy, "int8", lambda *_, **__: None)
+    return source.path, facts
+
+
+def same(one, other):
+    """Return whether two evaluations are equal to the bit."""
+    assert one.columns.keys() == other.columns.keys()
+    for name, columns in one.columns.items():
+        assert columns.keys() == other.columns[name].keys()
+        assert all(np.array_equal(columns[key], other.columns[name][key]) for key in columns)
+    facts = [(each.metric, each.changed, each.outputs, each.variation.rows) for each in (one, other)]
+    return facts[0] == facts[1] and one.variation.classes == other.variation.classes
+
+
+def process(_):
+    return os.getpid()
+
+
+@needs_ray
+def test_precision_trials_and_quality_are_the_same_to_the_bit_on_a_cluster(on_cluster, built, tmp_path):
+    """One worker is killed in the middle of the trials; the machine of the workers does not have the files."""
+    builder, file = built
+    victim, shards = next(on_cluster.run(process, [(0,)])), itertools.count(1)
+
+    def kill_one(_):
+        if next(shards) == 3:
+            os.kill(victim, signal.SIGKILL)
+
+    on_cluster.show, results = kill_one, {}
+    for name, executor in (("here", InProcess()), ("cluster", on_cluster)):
+        (tmp_path / name).mkdir()
+        path, facts = converted(builder, file, executor, tmp_path / name)
+        there = dataclasses.replace(builder, executor=executor)
+        split, engines = builder.subject.data.test, {"float": file, "int8": path}
+        results[name] = path, facts, evaluate_engines(there, engines, split, "float", lambda *_, **__: None)
+        assert not executor.said
+    (path, facts, evaluation), (other, found, evaluated) = results.values()
+    assert len(facts.quantized.attempts) > 1
+    assert facts == found
+    assert path.read_bytes() == other.read_bytes()
+    assert same(evaluation, evaluated)
+    assert next(shards) > 3
+
+
+@needs_ray
+def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built):
+    builder, file = built
+    subject, options = builder.subject, BuildOptions(threads=1)
+    module = Module(subject.model)
+    sent = {"onnx": Opener(builder.target.load, options, file), "torch": Opener(module.open, options)}
+
+    def unsendable(options):
+        return module.open(options)
+
+    kept = sent | {"torch": Opener(unsendable, options)}
+    split, executor = subject.data.validation, on_cluster
+    expected = evaluate_openers(sent, subject, split, "torch", lambda *_: None)
+    assert same(expected, evaluate_openers(sent, subject, split, "torch", lambda *_: None, executor))
+    assert not executor.said
+    assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
+    assert [sentence.partition(" (")[0] for sentence in executor.said] == [
+        "quality is measured in this process, because a model is not one that can be sent to workers"
+    ]
+
+
+def test_engines_on_a_gpu_are_evaluated_in_this_process_which_is_said(built):
+    builder, file = built
+
+    class Asked(InProcess):
+        def __init__(self):
+            self.said = []
+            self.say = self.said.append
+
+        def share(self, value):
+            raise UnsharableError("never asked for")
+
+    def load(path, options):
+        return builder.target.load(path, dataclasses.replace(options, device="cpu"))
+
+    executor, opener = Asked(), Opener(load, BuildOptions(device="cuda"), file)
+    found = evaluate_openers(
+        {"gpu": opener}, builder.subject, builder.subject.data.validation, "gpu", lambda *_: None, executor
+    )
+    assert found.value("gpu") > 90
+    assert executor.said == ["quality is measured in this process, because workers use no GPUs."]
+
+
+def test_an_engine_comes_with_all_files_that_it_is_opened_from(tmp_path):
+    for name in ("a.onnx", "a.onnx.data", "b.xml", "b.bin", "other.bin"):
+        (tmp_path / name).write_bytes(b"1")
+    assert [path.name for path in engine_files(tmp_path / "a.onnx")] == ["a.onnx", "a.onnx.data"]
+    assert [path.name for path in engine_files(tmp_path / "b.xml")] == ["b.xml", "b.bin"]
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert len(engine_files(tmp_path / "config.json")) == 6
