@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, EMPTY_CLASSES, ONE_CLASS, Samples
 from compressor.data.readers.masks import NO_CLASS
-from compressor.data.rows import take_rows
+from compressor.data.rows import Values, bounded_texts, take_rows
 from compressor.data.splits import Data, Shares, Split
 from compressor.errors import CompressorError
 from compressor.executor.base import Executor, InProcess
@@ -195,6 +195,15 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
 
 
+def within_bounds(feeds: Mapping[str, Values], model: Model, split: Split) -> Mapping[str, Values]:
+    """Return feeds; those of a language model with as many tokens as a batch of a split may have.
+
+    Texts of other models stay whole, as their tokens may belong to an image or to one answer.
+    """
+    causal = model.task == "text-generation"
+    return bounded_texts(feeds, model.dynamic_axes, split.most_tokens) if causal else feeds
+
+
 def _check_itself(model: Model, graph: Graph, data: Data, settings: Settings) -> None:
     """Compare the graph with its module on some samples.
 
@@ -205,7 +214,8 @@ def _check_itself(model: Model, graph: Graph, data: Data, settings: Settings) ->
         CompressorError: they differ, or the module with itself.
     """
     try:
-        check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
+        split = data.calibration.middle(SELF_SAMPLES)
+        check_self_parity(model, graph, within_bounds(next(tensor_batches(split, SELF_SAMPLES)), model, split))
     except TracedGraphError as error:
         cached = model.task == "text-generation" and bool(model.state) and settings.cache
         if not cached or not _loads(dataclasses.replace(settings, cache=False)):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from compressor.data.rows import cut_texts
 from compressor.lower.checkpoint import ADVICE, CONFIG
 from compressor.lower.trace import images_of
-from compressor.lower.traced_model import index_errors_as_data_errors
+from compressor.lower.traced_model import index_errors_as_data_errors, within_bounds
 from compressor.measure.engine_builder import PARITY_ROWS, PARITY_TOKENS, EngineBuilder
 from compressor.measure.llama_cpp_parity import llama_cpp_parity
-from compressor.models.base import Model, as_numpy
+from compressor.models.base import as_numpy
 from compressor.quality.parity import REPORT_IT, Parity, Reference, check_parity, largest_parity
 from compressor.quality.torch_reference import reference_of, torch_outputs, with_rounding
 from compressor.quantize.precision import Source
@@ -41,13 +42,12 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches: list[Feeds] = [
-        next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds
-    ]
+    split = subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS)
+    batches: list[Feeds] = [within_bounds(next(split.batches(PARITY_ROWS)).feeds, subject.model, split)]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     if subject.model.is_vision_language:
-        batches.append(_shorter(batches[0], subject.model))
+        batches.append(cut_texts(batches[0], subject.model.dynamic_axes, slice(-1)))
     batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]
     with (
         builder.target.load(builder.build(Source(path)), builder.options) as engine,
@@ -58,12 +58,6 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
         check = partial(graph_parity, graph, engine, name=path.name, advice=advice)
         return largest_parity([check(feeds, alone=number == 0) for number, feeds in enumerate(batches)])
-
-
-def _shorter(feeds: Feeds, model: Model) -> Feeds:
-    """Return feeds of a language model with an empty cache without the last token."""
-    lengths = {name for name, axes in model.dynamic_axes.items() if axes.get(1, "").endswith("sequence")}
-    return {name: value[:, :-1] if name in lengths else value for name, value in feeds.items()}
 
 
 def graph_parity(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -190,21 +191,26 @@ def evaluate(
     return measured.joined(parts, split, progress)
 
 
+class Compared(NamedTuple):
+    """The columns of one model on one batch, and its disagreements with the reference, those of the largest regret."""
+
+    columns: Columns
+    changed: Sequence[Disagreement]
+
+
 @dataclass(frozen=True)
 class Part:
     """What an evaluation keeps of one batch.
 
     Attributes:
         ids: the sample of each row of the columns.
-        columns: columns by model.
-        changed: the disagreements with the reference by model, those of the largest regret.
+        compared: what was found for each model.
         variation: that of the reference.
         outputs: number of classes, or of tokens in the vocabulary.
     """
 
     ids: tuple[str, ...]
-    columns: Mapping[str, Columns]
-    changed: Mapping[str, Sequence[Disagreement]]
+    compared: Mapping[str, Compared]
     variation: AnswerVariation
     outputs: int
 
@@ -238,13 +244,26 @@ class Measured:
             EvaluationError: an output contains NaN or infinity, or models have outputs of other shapes.
         """
         original = runners[self.reference](batch.feeds)
-        columns, changed = dict[str, Columns](), dict[str, Sequence[Disagreement]]()
-        for name, runner in runners.items():
-            answer = original if name == self.reference else runner(batch.feeds)
-            _check_outputs(name, answer, self.reference, original)
-            columns[name] = sample_columns(self.head, self.metric, batch, answer, original, name)
-            changed[name] = largest_regret(self.head.disagreements(batch, answer, original, columns[name], place))
-        return Part(batch.ids, columns, changed, AnswerVariation.of(self.head, original), original.shape[-1])
+        compared = {
+            name: self.compared(name, original if name == self.reference else run(batch.feeds), original, batch, place)
+            for name, run in runners.items()
+        }
+        return self.part_of(compared, original, batch)
+
+    def compared(self, name: str, answer: Array, original: Array, batch: Batch, place: int) -> Compared:
+        """Compare the output of one model with that of the reference on one batch.
+
+        Raises:
+            EvaluationError: the output contains NaN or infinity, or has another shape.
+        """
+        _check_outputs(name, answer, self.reference, original)
+        columns = sample_columns(self.head, self.metric, batch, answer, original, name)
+        return Compared(columns, largest_regret(self.head.disagreements(batch, answer, original, columns, place)))
+
+    def part_of(self, compared: Mapping[str, Compared], original: Array, batch: Batch) -> Part:
+        """Put together what was found on one batch for each model; `original` is the output of the reference."""
+        variation = AnswerVariation.of(self.head, original)
+        return Part(batch.ids, compared, variation, original.shape[-1])
 
     def joined(
         self, parts: Iterable[Part], split: Split, progress: Callable[[int, int], None] | None = None
@@ -260,9 +279,9 @@ class Measured:
         rows, variation = list[str](), AnswerVariation(self.head)
         for part in parts:
             variation.join(part.variation)
-            for name, found in part.columns.items():
-                columns.setdefault(name, []).append(found)
-                changed[name] = largest_regret([*changed.get(name, ()), *part.changed[name]])
+            for name, found in part.compared.items():
+                columns.setdefault(name, []).append(found.columns)
+                changed[name] = largest_regret([*changed.get(name, ()), *found.changed])
             rows += part.ids
             if progress is not None:
                 progress(len(set(rows)) if self.head.by_window else len(rows), len(split))

@@ -13,7 +13,8 @@ a feature of a KV cache [batch, heads, tokens, features].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ ENOUGH = 8
 # Masks add a large negative number, -1e4 or below, to values that must not count. These values do not set the scale of
 # a channel if they are MASK_GAP times as large as any other value of the output.
 MASKED, MASK_GAP = -5e3, 100.0
+PIECE = 2**17  # values of an output that are compared at a time, 1 MiB in float64
 REPORT_IT = "this is a bug in the export, not in your model: please report it"
 
 
@@ -242,6 +244,8 @@ def is_exact(value: Array) -> bool:
 
 def masked_below(value: Array) -> float:
     """Return the number at and below which values come from a mask; minus infinity if the output has no such values."""
+    if not value.size or value.min() > MASKED:
+        return -np.inf
     finite = value[np.isfinite(value)]
     masked = finite <= MASKED
     if not masked.any() or masked.all():
@@ -265,7 +269,7 @@ def _excess(compared: _Compared) -> float:
 
 
 def _compare(output: str, reference: Reference, value: Array, name: str) -> _Compared:
-    """Compare one output with torch's, row by row, so that float64 copies of large outputs do not add up.
+    """Compare one output with torch's, piece by piece, so that float64 copies of large outputs do not add up.
 
     Raises:
         ParityError: the shapes differ, or torch's output is not finite.
@@ -274,24 +278,44 @@ def _compare(output: str, reference: Reference, value: Array, name: str) -> _Com
     if expected.shape != value.shape:
         raise ParityError(f"{name}: output {output} has shape {value.shape}, expected {expected.shape} as in torch.")
     _check_finite(expected, output, name)
-    largest, excess, faulty = 0.0, 0.0, 0
+    largest, excess, faulty = 0.0, 0.0, set[int]()
     place: tuple[int, ...] = ()
     ties = reference.ties_of(expected)
-    for row in range(len(expected) if expected.size else 0):
-        relative = _relative(expected[row : row + 1], value[row : row + 1], scale)
+    for piece in _pieces(expected.shape):
+        row = piece[0].start
+        relative = _relative(expected[piece], value[piece], _channels(scale, piece))
         tie = 0.0 if ties is None else float(ties[row])
-        over = _over(relative, np.maximum(reference.allowed[output], tie))
+        over = _over(relative, np.maximum(_channels(reference.allowed[output], piece), tie))
         largest = largest if tie else max(largest, float(relative.max()))
-        faulty += bool((over > 1.0).any())
+        faulty |= {row} if (over > 1.0).any() else set()
         if over.max() > excess:
             excess = float(over.max())
-            place = (row, *(int(index) for index in np.unravel_index(int(over.argmax()), over.shape)[1:]))
+            indices = np.unravel_index(int(over.argmax()), over.shape)
+            starts = (*(each.start for each in piece), *[0] * (over.ndim - len(piece)))
+            place = tuple(start + int(index) for start, index in zip(starts, indices, strict=True))
     fault, where = None, ""
     if excess > 1.0:
         where = _described(place, expected, value, scale)
-        extent = f"in {faulty} of {len(expected)} rows, {_fault(place, reference, output, value)}"
+        extent = f"in {len(faulty)} of {len(expected)} rows, {_fault(place, reference, output, value)}"
         fault = f"differs from torch {extent}: {where}"
     return _Compared(Parity(output, largest, len(expected)), excess, fault, f"output {output}, {where}")
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield the pieces of an output of some shape: of one row each, and of about `PIECE` values on its second axis."""
+    if 0 in shape:
+        return
+    positions, size = shape[1] if len(shape) > 1 else 1, math.prod(shape[2:])
+    step = max(1, PIECE // size)
+    for row in range(shape[0]):
+        for start in range(0, positions, step):
+            piece = slice(row, row + 1), slice(start, min(start + step, positions))
+            yield piece[: len(shape)]
+
+
+def _channels(values: Array, piece: tuple[slice, ...]) -> Array:
+    """Return what belongs to a piece of an output from a value for each channel, or one for all."""
+    return values[:, piece[1]] if len(piece) > 1 and values.ndim > 1 and values.shape[1] > 1 else values
 
 
 def _described(place: tuple[int, ...], expected: Array, value: Array, scale: Array) -> str:
@@ -345,9 +369,13 @@ def _largest(value: Array, axes: tuple[int, ...], below: float) -> Array:
         below: values at and below it are masked.
     """
     pooled = tuple(axis for axis in range(value.ndim) if axis not in axes)
-    kept = np.isfinite(value) & (value > below)
-    magnitudes = np.where(kept, np.abs(np.where(kept, value, 0.0)), 0.0)
-    largest: Array = magnitudes.max(axis=pooled, keepdims=True, initial=0.0).astype(np.float64)
+    largest = np.zeros([value.shape[axis] if axis in axes else 1 for axis in range(value.ndim)])
+    for piece in _pieces(value.shape):
+        part = value[piece]
+        kept = np.isfinite(part) & (part > below)
+        magnitudes = np.where(kept, np.abs(np.where(kept, part, 0.0)), 0.0).max(axis=pooled, keepdims=True)
+        channels = _channels(largest, piece)
+        np.maximum(channels, magnitudes, out=channels)
     if largest.size and value.size // largest.size < ENOUGH:
         largest = np.maximum(largest, np.median(largest))
     return largest

@@ -12,10 +12,17 @@ from compressor import models
 from compressor.data import sliding_windows, splits
 from compressor.data.sliding_windows import TOKENS, USUAL, Window, resolve_window, window_batches
 from compressor.errors import DataError
+from compressor.lower import traced_model
 from compressor.lower.traced_model import SubjectError, load_data
+from compressor.measure import engine_parity
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_parity import graph_parity
 from compressor.quality.evaluate import evaluate, graph_runner
 from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
+from compressor.workspace.progress import Steps
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
 from tests.paths import SHARED_DATA
 from tests.samples import worded
 
@@ -79,6 +86,28 @@ def test_batches_of_a_large_vocabulary_have_a_limited_number_of_logits(small, tm
     assert first.value("x") == pytest.approx(second.value("x"), rel=EQUAL)
     monkeypatch.setattr(sliding_windows, "LOGITS", 1)
     assert {len(batch.ids) for batch in load_data(settings, model, lambda *_: None).test.whole(8)} == {1}
+
+
+def test_torch_and_engines_are_compared_on_a_limited_number_of_logits(small, tmp_path, monkeypatch):
+    _, folder, _ = small
+    sizes, ran = [], graph_parity
+
+    def recorded(model, graph, feeds):
+        sizes.append(feeds["input_ids"].numel())
+
+    def compared(graph, engine, feeds, **options):
+        sizes.append(feeds["input_ids"].size)
+        return ran(graph, engine, feeds, **options)
+
+    monkeypatch.setattr(traced_model, "check_self_parity", recorded)
+    monkeypatch.setattr(engine_parity, "graph_parity", compared)
+    monkeypatch.setattr(sliding_windows, "LOGITS", 30 * 50)
+    settings = Settings(model=str(folder / "llama"), data=str(folder / "texts.txt"))
+    subject = traced_model.load(settings, Steps(None))
+    builder = EngineBuilder(subject, runtime("onnxruntime"), BuildOptions(), tmp_path)
+    engine_parity.engine_parity(builder, builder.lower(subject.graph, "model"), subject.graph)
+    assert len(sizes) == 3  # the module, the engine, and the engine with the example
+    assert max(sizes[:2]) <= 30
 
 
 def test_the_window_is_that_of_the_options_or_of_the_model():

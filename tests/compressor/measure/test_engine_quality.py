@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import signal
 from importlib import util
@@ -12,6 +13,7 @@ import pytest
 from compressor.executor.base import InProcess, UnsharableError
 from compressor.executor.on_ray import executor_for
 from compressor.lower.traced_model import ModelAndData
+from compressor.measure import engine_quality
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines, evaluate_openers
 from compressor.measure.latency import EngineTimer
@@ -126,6 +128,42 @@ def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(
     assert [sentence.partition(" (")[0] for sentence in executor.said] == [
         "quality is measured in this process, because a model is not one that can be sent to workers"
     ]
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_large_engines_are_open_one_at_a_time_with_the_same_figures(built, tmp_path, monkeypatch, kept):
+    builder, file = built
+    path, _ = converted(builder, file, InProcess(), tmp_path)
+    count, most = 0, []
+
+    def load(path, options):
+        nonlocal count
+        engine, count = builder.target.load(path, options), count + 1
+        most.append(count)
+        close = engine.close
+
+        def closed():
+            nonlocal count
+            count -= 1
+            close()
+
+        engine.close = closed
+        return engine
+
+    openers = {
+        name: Opener(load, builder.options, each) for name, each in {"int8": path, "float": file, "again": path}.items()
+    }
+    split = builder.subject.data.test
+    expected = evaluate_openers(openers, builder.subject, split, "float", lambda *_: None)
+    assert most == [1, 2, 3]
+    most.clear()
+    monkeypatch.setattr(engine_quality, "TOGETHER", 0)
+    monkeypatch.setattr(engine_quality, "KEPT", kept)
+    found = evaluate_openers(openers, builder.subject, split, "float", lambda *_: None)
+    assert same(expected, found)
+    assert expected.value("int8") == found.value("again")
+    assert set(most) == {1}
+    assert len(most) == 3 * (1 if kept else math.ceil(len(split) / BATCH))
 
 
 def test_engines_on_a_gpu_are_evaluated_in_this_process_which_is_said(built):

@@ -1,12 +1,14 @@
 """Tests of the parity check: the scales of channels, the measured difference and the errors."""
 
 import functools
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compressor.quality import parity
 from compressor.quality.parity import (
     ROUNDING,
     TOLERANCE,
@@ -175,3 +177,35 @@ def test_allowed_differences_by_channel_and_advice() -> None:
     check_parity(limited, lambda: {"y": changed(value, (0, 1), 0.9)}, name="m")
     with pytest.raises(ParityError, match=r"expected at most 0.1: row 0, channel 0: .*; look at it\.$"):
         check_parity(limited, lambda: {"y": changed(value, (0, 0), 0.2)}, name="m", advice="look at it")
+
+
+@pytest.mark.parametrize("axes", [(1,), (2,), (1, 2), ()])
+def test_the_size_of_the_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch, axes: tuple[int, ...]) -> None:
+    """The scales, the difference, and row, position and channel of a fault are those of the whole output."""
+    found = []
+    for piece in (1, 5, 2**20):
+        monkeypatch.setattr(parity, "PIECE", piece)
+        for shape in ((4, 9, 3), (4, 9, 3, 2)):
+            value = normal(*shape)
+            value[:, 4] *= 50.0
+            reference = Reference.of({"y": value}, {"y": axes})
+            slight = reference.expected["y"] + normal(*shape, seed=1) * 1e-6
+            faulty = changed(changed(value, (2, 7, 1), 3.0), (3, 0, 0), 2.5)
+            with pytest.raises(ParityError) as error:
+                check_parity(reference, lambda faulty=faulty: {"y": faulty}, name="m")  # type: ignore[misc]
+            parity_found = check_parity(reference, lambda slight=slight: {"y": slight}, name="m")  # type: ignore[misc]
+            found.append((reference.scale["y"].tolist(), parity_found, str(error.value)))
+    assert found[:2] == found[2:4] == found[4:]
+    assert "in 2 of 4 rows" in found[0][2]
+
+
+def test_the_comparison_of_a_large_output_takes_little_memory() -> None:
+    expected = normal(2, 64, 2**16)  # 32 MiB
+    value = expected + np.float32(1e-6)
+    tracemalloc.start()
+    try:
+        check_parity(Reference.of({"y": expected}, {"y": (2,)}), lambda: {"y": value}, name="m")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < expected.nbytes  # masks of one byte for each value, twice, and pieces
