@@ -80,6 +80,11 @@ def _with_every_expert(module: Any) -> tuple[Limitation, ...]:
     if not counts:
         return ()
     reason = f"its class loops over those that were chosen, so an engine computes all {max(counts)} for every token"
+    if any(map(is_offloaded, module.parameters())):
+        reason += (
+            "; this form was not compared with the class, because the weights stay on disk: compare a smaller model of "
+            "the same class without --max-memory"
+        )
     return (Limitation("mixture of experts", reason),)
 
 

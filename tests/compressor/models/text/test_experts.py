@@ -116,6 +116,14 @@ def test_classes_that_loop_over_the_chosen_experts_compute_all(name, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
+def test_a_loop_whose_weights_stay_on_disk_was_not_compared_which_is_said(tmp_path):
+    module = transformers.AutoModelForCausalLM.from_config(transformers.DbrxConfig(**LOOPING["Dbrx"]))
+    module.save_pretrained(tmp_path)
+    model = models.load(tmp_path, cache=False, on_disk=True)
+    (limitation,) = (each for each in model.limitations if each.feature == "mixture of experts")
+    assert "this form was not compared with the class, because the weights stay on disk" in limitation.reason
+
+
 def test_a_loop_that_computes_something_else_is_left_alone(monkeypatch):
     """It would be compared with itself later, so that nothing would tell a wrong result."""
     module = transformers.AutoModelForCausalLM.from_config(transformers.DbrxConfig(**LOOPING["Dbrx"]))
