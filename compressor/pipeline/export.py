@@ -22,6 +22,7 @@ from compressor.lower.checkpoint import rounded
 from compressor.lower.cut.merge_decoder import merge
 from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.traced_model import (
+    SubjectError,
     TracedModel,
     check_original,
     index_errors_as_data_errors,
@@ -286,9 +287,9 @@ def _decided(
         except NothingToQuantizeError as error:
             count, changes = rewritten.choice.count, len(rewritten.choice.plan.changes)
             if decision is None and changes:
-                raise NothingToQuantizeError(
+                raise SubjectError(
                     f"a plan of {changes} changes leaves no layer for {settings.precision}, though the original has "
-                    f"some ({str(error).partition(', so')[0]}); give a smaller --drop, or another precision."
+                    f"some ({error.found}); give a smaller --drop, or another precision."
                 ) from error
             if decision is None or not count:  # without a change, nothing milder is left
                 raise

@@ -18,7 +18,6 @@ from compressor.quantize.intermediate_values import Batch
 from compressor.quantize.output_error import SQUARED, Judge, OutputErrors, file_error, layer_errors
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
-    SMALLEST,
     TYPED_OPSET,
     Activations,
     Kept,
@@ -189,10 +188,7 @@ def quantize(
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
         name = "fp8" if activations == "fp8" else "int8"
-        raise NothingToQuantizeError(
-            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
-            f"so there is nothing to quantize to {name}; choose another precision."
-        )
+        raise NothingToQuantizeError(source, name)
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=destination.parent) as folder:
         # Next to the result: a model of several GB may not fit into the system's temporary folder.
         job = _Job(source, destination, Path(folder), feeds, settings)

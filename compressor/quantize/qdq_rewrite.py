@@ -67,7 +67,16 @@ class QuantizeError(CompressorError):
 
 
 class NothingToQuantizeError(QuantizeError):
-    """No layer of the model can be quantized."""
+    """No layer of a file can be quantized to a precision.
+
+    Attributes:
+        found: what the file lacks, a clause without a full stop.
+    """
+
+    def __init__(self, file: Path, precision: str) -> None:
+        least = f"{SMALLEST} x {SMALLEST}"
+        self.found = f"{file.name} has no MatMul or Gemm with a constant float32 weight of at least {least}"
+        super().__init__(f"{self.found}, so there is nothing to quantize to {precision}; choose another precision.")
 
 
 @dataclass(frozen=True)

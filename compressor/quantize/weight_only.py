@@ -23,7 +23,6 @@ from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     PREFIX,
-    SMALLEST,
     TYPED_OPSET,
     Edit,
     Kept,
@@ -279,10 +278,7 @@ def _linears(
         kept += [Kept(each.node, each.module, f"{channels[each.output]} {reason}") for each in partial]
         linears = [each for each in linears if each not in partial]
     if not linears:
-        raise NothingToQuantizeError(
-            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
-            f"so there is nothing to quantize to {precision}; choose another precision."
-        )
+        raise NothingToQuantizeError(source, precision)
     return linears, tuple(kept)
 
 
