@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from compressor.workspace.environment import peak_memory, reset_peak_memory
+from runtimes.base.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,7 @@ class Steps:
     def step(self, name: str) -> Iterator[Tick]:
         """Time a step; yield ``tick(done, total, text)`` to update its progress bar. Every argument is optional."""
         start = time.perf_counter()
+        return_freed_memory()
         reset_peak_memory()
         with self._bar(name) as tick:
             self._tick = tick

@@ -15,6 +15,8 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.freed_memory import return_freed_memory
+
 DEVICES = ("cpu", "cuda")
 # The precision of an engine's matrix products. fp8 is E4M3 with scales as in int8; int8-dynamic computes activation
 # ranges at run time; int8-weight-only, int4 and int2 quantize only weights. All other operators compute in float: 16
@@ -189,7 +191,9 @@ class Closing(Generic[Opened]):
 
     def close(self) -> None:
         """Free threads and memory. Closing twice is allowed."""
-        self._opened = None
+        if self._opened is not None:
+            self._opened = None
+            return_freed_memory()
 
     def __enter__(self: Self) -> Self:
         """Return the engine itself."""
