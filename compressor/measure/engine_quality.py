@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
-from compressor.data.splits import Batch, Split
+from compressor.data.splits import Split
 from compressor.executor.base import Executor, InProcess, UnsharableError
 from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.models.base import EvaluatedOutput
-from compressor.quality.evaluate import BATCH, Evaluation, Measured, Part, Runner
-from compressor.quality.intervals import Array
+from compressor.quality.evaluate import BATCH, Evaluation, Measured
 from compressor.target.opener import Opener
+from compressor.target.side_by_side import SideBySide, parts_of
 from compressor.workspace.progress import Steps, Tick
-from runtimes.base.protocols import Engine, RuntimesError
 
 HERE = "quality is measured in this process"
 
@@ -74,7 +70,7 @@ def evaluate_openers(
     if any(opener.options.device != "cpu" for opener in openers.values()):
         executor.say(f"{HERE}, because workers use no GPUs.")
         executor = InProcess()
-    engines = _Engines(
+    engines = SideBySide(
         {name: opener.with_threads(executor.threads) for name, opener in openers.items()},
         subject.model.evaluated_output,
         measured,
@@ -82,44 +78,9 @@ def evaluate_openers(
     try:
         shared = executor.share(engines)
     except UnsharableError as error:
-        executor.say(f"{HERE}, because a model is not one that can be sent to workers ({error}).")
+        executor.say(f"{HERE}, because {str(error).rpartition(';')[0]}.")
         return evaluate_openers(openers, subject, split, reference, tick)
     files = executor.share_files(dict.fromkeys(file for opener in openers.values() for file in opener.files))
     placed = executor.divide(measured.batches(split), math.ceil(len(split) / BATCH))
-    parts = executor.run(_parts, ((shared, files, batches) for batches in placed))
+    parts = executor.run(parts_of, ((shared, files, batches) for batches in placed))
     return measured.joined(chain.from_iterable(parts), split, tick)
-
-
-@dataclass(frozen=True)
-class _Engines:
-    """Engines that are opened where they run.
-
-    Attributes:
-        openers: the engines by name.
-        output: the output that is evaluated.
-        measured: the evaluation.
-    """
-
-    openers: Mapping[str, Opener]
-    output: EvaluatedOutput
-    measured: Measured
-
-
-def _parts(engines: _Engines, files: Mapping[Path, Path], batches: Iterable[tuple[Batch, int]]) -> Iterator[Part]:
-    """Open the engines, from where their files are, and yield the part of each batch."""
-    with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context(opener.on(files)()) for name, opener in engines.openers.items()}
-        runners = {name: _runner(name, engine, engines.output) for name, engine in opened.items()}
-        for batch, place in batches:
-            yield engines.measured.part(runners, batch, place)
-
-
-def _runner(name: str, engine: Engine, output: EvaluatedOutput) -> Runner:
-    def answer(feeds: Mapping[str, Array]) -> Array:
-        try:
-            values: Array = output.of(engine.run(feeds))
-        except RuntimesError as error:  # such as inputs of another shape; several engines run side by side
-            raise type(error)(f"{name}: {error}") from error
-        return values
-
-    return answer

@@ -13,7 +13,7 @@ import torch
 
 from compressor.errors import SettingsError
 from compressor.executor.base import Batches, ExecutorError, InProcess
-from compressor.executor.on_ray import AHEAD, OnRay, _value, executor_for
+from compressor.executor.on_ray import AHEAD, OnRay, Taken, _value, executor_for
 from compressor.executor.packed import SharedTensors, packed
 from compressor.executor.shared_files import bytes_of
 from compressor.measure.workload import Call
@@ -190,7 +190,7 @@ def test_calls_ask_for_the_memory_that_their_workers_took(on_ray):
     executor = OnRay(2)
     before = executor.memory
     with pytest.raises(ExecutorError, match=r"a worker takes 7\.5e\+03 GiB, but no machine of the cluster has more"):
-        executor._note(6000 * 2**30)
+        executor._note(Taken(6000 * 2**30, None))
     assert executor.memory > before
 
 
