@@ -185,7 +185,7 @@ class OnRay:
         """Put the files into the object store, unless all workers are on this machine."""
         import ray
 
-        files = tuple(paths)
+        files = {path: path.absolute() for path in paths}  # workers have another working directory
         contents = None if self.alone else ray.put([bytes_of(path) for path in files])
         handle: Any = SharedFiles(files, _machine(), contents)
         return handle  # type: ignore[no-any-return]

@@ -72,7 +72,7 @@ def memory_budget(
         executor.ask(limit)
         held = _held(executor, Program(graph, outputs=outputs))
     with scratch_folder(beside) as folder:
-        yield divide_memory(graph, splits, limit, folder, outputs, at_once, held)
+        yield divide_memory(graph, splits, limit, folder.absolute(), outputs, at_once, held)
 
 
 def _held(executor: Executor, program: Program) -> int | None:

@@ -97,7 +97,7 @@ def _stored(location: str, options: Mapping[str, Any]) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+                tensors[name] = Stored(Path(path).absolute(), name, part.get_dtype(), tuple(part.get_shape()))
     return tensors
 
 

@@ -39,8 +39,9 @@ class Stored:
         """
         if not self.path.exists():
             raise ModelError(
-                f"a worker does not find {self.path}; with --max-memory, every machine of the cluster reads the "
-                "checkpoint itself, under the same path, such as that of a shared file system."
+                f"there is no file {self.path} on this machine; --max-memory reads weights when they are needed, and "
+                "workers of a cluster read them on every machine under the same path, such as that of a shared file "
+                "system."
             )
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.name)
