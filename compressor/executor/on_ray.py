@@ -12,7 +12,6 @@ import functools
 import logging
 import math
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -68,7 +67,10 @@ def executor_for(
     if util.find_spec("ray") is None:
         raise ExecutorError(f"--workers and --ray need Ray, which is not installed: {INSTALL}.")
     with _connected(workers, address) as (cores, alone):
-        yield OnRay(cores if workers is None else workers, show, warn, alone=alone)
+        executor = OnRay(cores if workers is None else workers, show, warn, alone=alone)
+        yield executor
+        if not executor.calls:
+            warn("nothing ran on the workers, as this command had nothing to run over the data; leave them out.")
 
 
 @contextlib.contextmanager
@@ -138,7 +140,7 @@ class OnRay:
     """Runs calls as tasks of Ray. Handles are references to its object store.
 
     Ray starts a task where a core and its `memory` are free: what the calls before it took, and some more. `alone` says
-    that no other machine can join.
+    that no other machine can join. `calls` is how many were submitted.
     """
 
     threads: int | None = 1
@@ -155,6 +157,7 @@ class OnRay:
 
         self.workers, self.show, self.warn, self.memory, self.alone = workers, show, warn, MEMORY, alone
         self.said: list[str] = []
+        self.calls = 0
         self.peak: int | None = None
         self.spare = SPARE
         self._shared = SharedTensors(ray.put)
@@ -174,11 +177,12 @@ class OnRay:
         import ray
 
         try:
-            handle: Any = ray.put(self._shared.packed(value))
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            parts = self._shared.packed(value)
+        except Exception as error:  # what cannot be pickled raises errors without a common base
             raise UnsharableError(
                 f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray."
             ) from error
+        handle: Any = ray.put(parts)
         return handle  # type: ignore[no-any-return]
 
     def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
@@ -262,6 +266,7 @@ class OnRay:
 
     def _submitted(self, function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, Any]:
         """Submit a call; return the handles of its result and of the memory that its worker took."""
+        self.calls += 1
         task = self._task.options(memory=self.memory)
         result, taken = task.remote(function, *call)
         return result, taken

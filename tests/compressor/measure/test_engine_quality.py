@@ -115,6 +115,14 @@ def test_precision_trials_and_quality_are_the_same_to_the_bit_on_a_cluster(on_cl
 
 
 @needs_ray
+def test_workers_that_nothing_ran_on_are_said(on_cluster):
+    said = []
+    with executor_for(1, None, warn=said.append):
+        pass
+    assert said == ["nothing ran on the workers, as this command had nothing to run over the data; leave them out."]
+
+
+@needs_ray
 def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built):
     builder, file = built
     subject, options = builder.subject, BuildOptions(threads=1)
