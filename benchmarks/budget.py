@@ -1,6 +1,7 @@
 """Measure how often the loss of an export exceeds its budget on data that was not given to it.
 
     python benchmarks/budget.py --data-root ../shared/data [--case NAME ...] [--searches 2] [--splits 40] [--most 1000]
+        [--workers N] [--ray ADDRESS]
 
 For each case and number of given samples, searches run up to the largest budget on a random half of the given samples,
 and every plan along their paths is evaluated on all samples. The decision is then repeated for many random draws of
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,13 @@ import numpy as np
 import torch
 from main_job import sources
 
-from compressor.data.splits import Split
+from compressor.data.splits import Batch, Split
+from compressor.executor.on_ray import executor_for
 from compressor.lower.traced_model import TracedModel, load
 from compressor.measure.workload import workload_calls
+from compressor.models.base import EvaluatedOutput
 from compressor.quality.budget import Budget, upper_bound
-from compressor.quality.evaluate import BATCH, graph_runner, join, loss, metric_value, sample_columns
+from compressor.quality.evaluate import BATCH, Measured, Part, graph_runner, join, loss, metric_value
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search import planner
@@ -106,12 +111,12 @@ def search_path(subject: TracedModel, settings: Settings, given: int, seed: int,
     chosen = [pool[row] for row in rows]
     calibration = dataclasses.replace(subject.data.calibration, indices=tuple(chosen[: given // 4]))
     validation = dataclasses.replace(subject.data.validation, indices=tuple(chosen[given // 4 :]))
-    rewriter = planner.Rewriter(subject.graph, subject.sites, calibration)
+    rewriter = planner.Rewriter(subject.graph, subject.sites, calibration, executor=subject.executor)
     measured, fitted = planner._split_calibration(calibration, settings)
     search = Search(
         rewriter,
         planner.output_divergence(subject, measured, Steps(None)),
-        ValidationLoss(subject.graph, subject.model, validation, subject.metric),
+        ValidationLoss(subject.graph, subject.model, validation, subject.metric, executor=subject.executor),
         multiply_add_cost_model(subject.graph, workload_calls(subject, settings)),
         settings.chosen_actions,
         settings.loss_limit,
@@ -132,16 +137,23 @@ def search_path(subject: TracedModel, settings: Settings, given: int, seed: int,
     )
 
 
-@torch.inference_mode()
-def _columns(subject: TracedModel, graphs: list[Any], split: Split) -> list[Columns]:
+def _columns(subject: TracedModel, graphs: Sequence[Any], split: Split) -> list[Columns]:
     """Return the columns of every graph on a split, compared with the first."""
-    runners = [graph_runner(subject.model, Program(graph).run) for graph in graphs]
-    parts: list[list[Columns]] = [[] for _ in graphs]
-    for batch in split.batches(BATCH):
-        original = runners[0](batch.feeds)
-        for part, runner in zip(parts, runners, strict=True):
-            part.append(sample_columns(subject.head, subject.metric, batch, runner(batch.feeds), original))
-    return [join(part) for part in parts]
+    executor, programs = subject.executor, {str(number): Program(graph) for number, graph in enumerate(graphs)}
+    measured = Measured(subject.head, subject.metric, "0")
+    shared = executor.share((programs, subject.model.evaluated_output, measured))
+    groups = executor.divide(split.batches(BATCH), math.ceil(len(split) / BATCH))
+    parts = list(chain.from_iterable(executor.run(_parts, ((shared, batches) for batches in groups))))
+    return [join([part.columns[name] for part in parts]) for name in programs]
+
+
+@torch.inference_mode()
+def _parts(models: tuple[dict[str, Program], EvaluatedOutput, Measured], batches: Iterable[Batch]) -> Iterator[Part]:
+    """Run the programs on each batch."""
+    programs, output, measured = models
+    runners = {name: graph_runner(output, program.run) for name, program in programs.items()}
+    for batch in batches:
+        yield measured.part(runners, batch, 0)
 
 
 def outcomes(path: SearchPath, given: int, budget: float, splits: int) -> Iterator[dict[str, Any]]:
@@ -193,31 +205,41 @@ def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, dict[str, fl
 @click.option("--searches", default=2, show_default=True, help="Searches for each number of given samples.")
 @click.option("--most", default=1000, show_default=True, help="Samples of the data that are used at all.")
 @click.option("--splits", default=40, show_default=True, help="Draws of the decision's samples.")
+@click.option("--workers", type=int, help="Processes of Ray that run the models; the results are the same.")
+@click.option("--ray", help="Cluster of Ray, as for export.")
 def main(
-    data_root: Path, chosen: tuple[str, ...], counts: tuple[int, ...], searches: int, most: int, splits: int
+    data_root: Path,
+    chosen: tuple[str, ...],
+    counts: tuple[int, ...],
+    searches: int,
+    most: int,
+    splits: int,
+    workers: int | None,
+    ray: str | None,
 ) -> None:
     """Run the cases and write the results."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     where = sources(data_root)
-    for case in chosen or CASES:
-        model, samples = (None if name is None else where[name] for name in CASES[case])
-        settings = Settings(model=model, data=samples, cost="macs", max_loss=max(BUDGETS))
-        subject = load(settings, Steps(None))
-        for given in counts or GIVEN:
-            click.echo(f"{case}, {given} samples", err=True)
-            paths = [search_path(subject, settings, given, seed, most) for seed in range(searches)]
-            for budget in BUDGETS:
-                rows = [row for path in paths for row in outcomes(path, given, budget, splits // searches)]
-                key = f"{given} samples, {budget:g} %"
-                found.setdefault(case, {})[key] = {
-                    "given": given,
-                    "budget": budget,
-                    "samples": min(most, sum(len(part.indices) for part in subject.data.parts)),
-                    "searches": searches,
-                    "draws": len(rows) // len({row["rule"] for row in rows}),
-                    "rules": summary(rows, budget),
-                }
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    with executor_for(workers, ray) as executor:
+        for case in chosen or CASES:
+            model, samples = (None if name is None else where[name] for name in CASES[case])
+            settings = Settings(model=model, data=samples, cost="macs", max_loss=max(BUDGETS))
+            subject = load(settings, Steps(None), executor=executor)
+            for given in counts or GIVEN:
+                click.echo(f"{case}, {given} samples", err=True)
+                paths = [search_path(subject, settings, given, seed, most) for seed in range(searches)]
+                for budget in BUDGETS:
+                    rows = [row for path in paths for row in outcomes(path, given, budget, splits // searches)]
+                    key = f"{given} samples, {budget:g} %"
+                    found.setdefault(case, {})[key] = {
+                        "given": given,
+                        "budget": budget,
+                        "samples": min(most, sum(len(part.indices) for part in subject.data.parts)),
+                        "searches": searches,
+                        "draws": len(rows) // len({row["rule"] for row in rows}),
+                        "rules": summary(rows, budget),
+                    }
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -258,8 +258,9 @@ class Settings:
     samples: int | None = option(None, "Largest number of samples in total.", unset="all", least=3)
     max_memory: int | None = option(
         None,
-        "Memory limit, such as 8GiB: a language model of transformers then stays on disk and runs block by block. An "
-        "export then needs --drop with a number, a share or names, and --defer-build or --target transformers.",
+        "Memory limit, such as 8GiB, of this process and of each worker: a language model of transformers stays on "
+        "disk and runs block by block. An export then needs --drop with a number, a share or names, and --defer-build "
+        "or --target transformers.",
         unset="load the whole model",
         unit="bytes",
     )
@@ -577,8 +578,6 @@ def _check_memory(settings: Settings) -> None:
         "--random-weights": settings.random_weights,
         f"--image-size {settings.image_size}": settings.image_size is not None,
         f"--sequence-length {settings.sequence_length}": settings.sequence_length is not None,
-        f"--workers {settings.workers}": settings.workers is not None,
-        f"--ray {settings.ray}": settings.ray is not None,
     }
     option = next((name for name, used in unsupported.items() if used), None)
     if option is not None:

@@ -57,6 +57,18 @@ def over_batches(
     return map(batch, data or ()) if run is None else run(batch)
 
 
+def over_groups(
+    group: Callable[[Iterable[Mapping[str, torch.Tensor]]], Iterable[Result_co]],
+    data: Iterable[Mapping[str, torch.Tensor]] | None,
+) -> Iterable[Result_co]:
+    """Yield the results of a function from several batches to a result for each, in order.
+
+    Data with a method `map_groups` runs the function itself, such as in other processes, each on a part of the batches.
+    """
+    run: Callable[..., Iterable[Result_co]] | None = getattr(data, "map_groups", None)
+    return group(data or ()) if run is None else run(group)
+
+
 def sum_over_batches(
     batch: Callable[[Mapping[str, torch.Tensor]], Sums], data: Iterable[Mapping[str, torch.Tensor]] | None, name: str
 ) -> Sums:

@@ -50,3 +50,13 @@ def saved(folder, name, *, dtype=torch.float32, shard="5GB", **changed):
 def random_tokens(rows, tokens, seed=0):
     """Return random token ids of shape [rows, tokens]."""
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def sampled_tokens(model, rows, tokens):
+    """Draw texts from a model, which it predicts better than chance."""
+    llama = transformers.AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(0)
+    drawn = llama.generate(
+        random_tokens(rows, 1), do_sample=True, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, pad_token_id=0
+    )
+    return drawn.numpy()

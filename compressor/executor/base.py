@@ -45,6 +45,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def peak(self) -> int | None:
+        """Largest peak memory of a worker in a call so far, in bytes; None without workers, or where it is unknown."""
+        ...
+
+    @property
     def said(self) -> Sequence[str]:
         """What `say` was called with, each sentence once."""
         ...
@@ -68,13 +73,17 @@ class Executor(Protocol):
         """
         ...
 
-    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+    def divide(self, values: Iterable[Value], count: int | None = None) -> Iterable[Iterable[Value]]:
         """Divide values into the arguments of few calls, each made when its call is submitted.
 
         Args:
             values: iterated once.
-            count: least number of values.
+            count: least number of values; None divides them into one argument for each worker.
         """
+        ...
+
+    def ask(self, memory: int) -> None:
+        """Run calls from now on only where a worker gets so many bytes of memory, to which they keep."""
         ...
 
     def share_each(self, make: Callable[[], Iterable[Value]]) -> Iterable[Value]:
@@ -122,6 +131,12 @@ class Batches:
         calls = ((shared, batch) for batch in self._shared)
         return self.executor.run(_applied, calls, operator.length_hint(self._shared))
 
+    def map_groups(self, function: Callable[[Iterable[Any]], Iterable[Result]]) -> Iterator[Result]:
+        """Yield the results of a function from several batches to a result for each, in order."""
+        shared = self.executor.share(function)
+        calls = ((shared, group) for group in self.executor.divide(self.make()))
+        return itertools.chain.from_iterable(self.executor.run(_applied, calls))
+
 
 def _applied(function: Callable[[Any], Result], batch: Any) -> Result:
     return function(batch)
@@ -132,6 +147,7 @@ class InProcess:
 
     workers = 1
     threads: int | None = None
+    peak: int | None = None
     said: tuple[str, ...] = ()
 
     def say(self, sentence: str) -> None:
@@ -145,9 +161,12 @@ class InProcess:
         """Return the paths themselves."""
         return {path: path for path in paths}
 
-    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+    def divide(self, values: Iterable[Value], count: int | None = None) -> Iterable[Iterable[Value]]:
         """Return all values as the argument of one call."""
         return (values,)
+
+    def ask(self, memory: int) -> None:
+        """Do nothing: this process has the memory that it has."""
 
     def share_each(self, make: Callable[[], Iterable[Value]]) -> Iterable[Value]:
         """Return an iterable that makes the values anew each time, so that they take no memory in between."""

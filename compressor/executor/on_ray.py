@@ -12,7 +12,6 @@ import functools
 import logging
 import math
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -22,14 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import util
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from compressor.choices import AUTO
 from compressor.errors import SettingsError
 from compressor.executor.base import Executor, ExecutorError, InProcess, UnsharableError
 from compressor.executor.packed import Bytes, Packed, SharedTensors, packed
 from compressor.executor.shared_files import SharedFiles, bytes_of
-from compressor.workspace.environment import own_memory
+from compressor.workspace.environment import own_memory, peak_memory, reset_peak_memory
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -68,7 +67,10 @@ def executor_for(
     if util.find_spec("ray") is None:
         raise ExecutorError(f"--workers and --ray need Ray, which is not installed: {INSTALL}.")
     with _connected(workers, address) as (cores, alone):
-        yield OnRay(cores if workers is None else workers, show, warn, alone=alone)
+        executor = OnRay(cores if workers is None else workers, show, warn, alone=alone)
+        yield executor
+        if not executor.calls:
+            warn("nothing ran on the workers, as this command had nothing to run over the data; leave them out.")
 
 
 @contextlib.contextmanager
@@ -138,7 +140,7 @@ class OnRay:
     """Runs calls as tasks of Ray. Handles are references to its object store.
 
     Ray starts a task where a core and its `memory` are free: what the calls before it took, and some more. `alone` says
-    that no other machine can join.
+    that no other machine can join. `calls` is how many were submitted.
     """
 
     threads: int | None = 1
@@ -155,6 +157,9 @@ class OnRay:
 
         self.workers, self.show, self.warn, self.memory, self.alone = workers, show, warn, MEMORY, alone
         self.said: list[str] = []
+        self.calls = 0
+        self.peak: int | None = None
+        self.spare = SPARE
         self._shared = SharedTensors(ray.put)
         self._task = ray.remote(num_cpus=1, num_returns=2, max_retries=RETRIES)(_call)
         # The workers import torch while the model is loaded. The first results are waited for, so that no worker still
@@ -172,23 +177,31 @@ class OnRay:
         import ray
 
         try:
-            handle: Any = ray.put(self._shared.packed(value))
-        except (AttributeError, TypeError, pickle.PicklingError) as error:
-            raise UnsharableError(f"it cannot be sent to workers: {_sentence(error)}") from error
+            parts = self._shared.packed(value)
+        except Exception as error:  # what cannot be pickled raises errors without a common base
+            raise UnsharableError(
+                f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray."
+            ) from error
+        handle: Any = ray.put(parts)
         return handle  # type: ignore[no-any-return]
 
     def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
         """Put the files into the object store, unless all workers are on this machine."""
         import ray
 
-        files = tuple(paths)
+        files = {path: path.absolute() for path in paths}  # workers have another working directory
         contents = None if self.alone else ray.put([bytes_of(path) for path in files])
         handle: Any = SharedFiles(files, _machine(), contents)
         return handle  # type: ignore[no-any-return]
 
-    def divide(self, values: Iterable[Value], count: int) -> Iterable[Iterable[Value]]:
+    def divide(self, values: Iterable[Value], count: int | None = None) -> Iterable[Iterable[Value]]:
         """Yield a few values at a time, fewer where that leaves no worker without a call."""
-        left, most = iter(values), min(max(math.ceil(count / self.workers), 1), AT_ONCE)
+        if count is None:
+            values = whole = list(values)
+            most = max(math.ceil(len(whole) / self.workers), 1)
+        else:
+            most = min(max(math.ceil(count / self.workers), 1), AT_ONCE)
+        left = iter(values)
         while part := list(islice(left, most)):
             handle: Any = packed(part)
             yield handle
@@ -199,6 +212,21 @@ class OnRay:
 
         handles: list[Any] = [ray.put(packed(value)) for value in make()]
         return handles
+
+    def ask(self, memory: int) -> None:
+        """Ask for so much memory for each call; where that is for fewer workers at a time, say so.
+
+        Raises:
+            ExecutorError: no machine has as much.
+        """
+        self.memory, self.spare = memory, 1.0
+        found = self._check_memory()
+        at_once = sum(int(each // memory) for each in found)
+        if at_once < self.workers:
+            self.say(
+                f"the memory of {self.workers} workers is {self.workers} times {memory / 2**30:.3g} GiB, of which the "
+                f"cluster has {sum(found) / 2**30:.3g} GiB for workers; {at_once} of them compute at the same time."
+            )
 
     def keep(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Sequence[Result]:
         """Run all calls, and leave their results in the object store."""
@@ -238,27 +266,35 @@ class OnRay:
 
     def _submitted(self, function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, Any]:
         """Submit a call; return the handles of its result and of the memory that its worker took."""
+        self.calls += 1
         task = self._task.options(memory=self.memory)
         result, taken = task.remote(function, *call)
         return result, taken
 
-    def _note(self, taken: int | None) -> None:
+    def _note(self, memory: Taken) -> None:
         """Ask for the memory that a worker took from now on.
 
         Raises:
             ExecutorError: no machine has as much, so that the next call would wait for ever.
         """
+        if memory.peak is not None:
+            self.peak = max(memory.peak, self.peak or 0)
+        if memory.own is None or memory.own * self.spare <= self.memory:
+            return
+        self.memory = math.ceil(memory.own * self.spare / STEP) * STEP
+        self._check_memory()
+
+    def _check_memory(self) -> list[float]:
+        """Return the bytes that each machine has for workers; raise if that is too little for one."""
         import ray
 
-        if taken is None or taken * SPARE <= self.memory:
-            return
-        self.memory = math.ceil(taken * SPARE / STEP) * STEP
-        most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-        if self.memory > most:
+        found = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        if self.memory > max(found):
             raise ExecutorError(
                 f"a worker takes {self.memory / 2**30:.2g} GiB, but no machine of the cluster has more than "
-                f"{most / 2**30:.2g} GiB for workers; use machines with more memory, or fewer --workers."
+                f"{max(found) / 2**30:.2g} GiB for workers; use machines with more memory, or fewer --workers."
             )
+        return found
 
 
 def _result(handle: Any) -> Any:
@@ -298,22 +334,31 @@ def _sentence(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------- on a worker
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, int | None]:
-    """Call a function on the values of its arguments, with one thread; the values of an iterator become a list.
+class Taken(NamedTuple):
+    """Bytes of memory of a worker in a call, None where they are unknown.
 
-    Returns:
-        The result, and the bytes of memory of this process alone while it computed the result.
+    Attributes:
+        own: what it had for itself, at the end or at a value of an iterator.
+        peak: the peak, with what it shares with others.
     """
+
+    own: int | None
+    peak: int | None
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, Taken]:
+    """Call a function on the values of its arguments, with one thread; the values of an iterator become a list."""
     import torch
 
     torch.set_num_threads(1)
+    reset_peak_memory()
     with contextlib.ExitStack() as until_the_end:
         result = function(*(_opened(argument, until_the_end) for argument in arguments))
         taken = own_memory()
         if isinstance(result, Iterator):
             result, memory = _consumed(result)
             taken = memory if taken is None or memory is None else max(taken, memory)
-    return packed(result), taken
+    return packed(result), Taken(taken, peak_memory())
 
 
 def _consumed(values: Iterator[Any]) -> tuple[list[Any], int | None]:

@@ -1,7 +1,8 @@
 """Values as bytes and arrays for the object store of Ray, in which the processes of a machine share memory.
 
 The memory of tensors is kept apart from the rest of a value, and all workers of a machine read it in place. Strides and
-offsets stay as they are, because another layout can change the rounding of a matrix product.
+offsets stay as they are, because another layout can change the rounding of a matrix product. Placeholders of weights on
+disk are sent as such.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
+
+from passes.execute.offloaded_weights import is_offloaded
 
 Bytes = npt.NDArray[np.uint8]
 Address = tuple[int, int]  # of the memory of a tensor, and its number of bytes
@@ -118,7 +121,7 @@ class _Pickler(pickle.Pickler):
         return self.file.getvalue()
 
     def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or is_offloaded(value):
             return None
         storage = value.untyped_storage()
         address = storage.data_ptr(), storage.nbytes()

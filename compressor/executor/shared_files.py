@@ -19,12 +19,12 @@ class SharedFiles:
     """Files of one machine, of which the calls on another get copies for as long as they run.
 
     Attributes:
-        paths: the files.
+        paths: where the files are, by the paths that calls know them by.
         machine: the machine that has them.
         contents: handle of their bytes, in order; None if all calls run on that machine.
     """
 
-    paths: tuple[Path, ...]
+    paths: Mapping[Path, Path]
     machine: str
     contents: Any = None
 
@@ -37,7 +37,7 @@ class SharedFiles:
             arrays_of: returns the arrays of a handle.
         """
         if machine == self.machine or self.contents is None:
-            yield {path: path for path in self.paths}
+            yield self.paths
             return
         with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
             folders = list(dict.fromkeys(path.parent for path in self.paths))

@@ -12,6 +12,7 @@ import torch
 
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
+from compressor.executor.base import Executor
 from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.workspace.environment import held_memory
 from compressor.workspace.output_folder import scratch_folder
@@ -47,11 +48,18 @@ class MemoryBudget:
 
 @contextlib.contextmanager
 def memory_budget(
-    graph: Graph, splits: Sequence[Split], limit: int | None, beside: Path, outputs: Collection[str], at_once: int = 1
+    graph: Graph,
+    splits: Sequence[Split],
+    limit: int | None,
+    beside: Path,
+    outputs: Collection[str],
+    at_once: int = 1,
+    executor: Executor | None = None,
 ) -> Iterator[MemoryBudget | None]:
     """Yield the budget of a run under a memory limit, or None without a limit.
 
-    The values between two sections go to a temporary folder next to `beside`, which is removed at the end.
+    The values between two sections go to a temporary folder next to `beside`, which is removed at the end. The limit is
+    that of this process and of each worker of the executor, which asks for as much memory for them.
 
     Raises:
         MemoryBudgetError: see `divide_memory`.
@@ -59,12 +67,33 @@ def memory_budget(
     if limit is None:
         yield None
         return
+    held = None
+    if executor is not None:
+        executor.ask(limit)
+        held = _held(executor, Program(graph, outputs=outputs))
     with scratch_folder(beside) as folder:
-        yield divide_memory(graph, splits, limit, folder, outputs, at_once)
+        yield divide_memory(graph, splits, limit, folder.absolute(), outputs, at_once, held)
+
+
+def _held(executor: Executor, program: Program) -> int | None:
+    """Return the bytes that this process or a worker holds with a program, the larger; None if one is not known."""
+    (there,) = executor.run(_held_with, [(executor.share(program),)])
+    here = held_memory()
+    return None if here is None or there is None else max(here, there)
+
+
+def _held_with(_: Program) -> int | None:
+    return held_memory()
 
 
 def divide_memory(
-    graph: Graph, splits: Sequence[Split], limit: int, folder: Path, outputs: Collection[str], at_once: int = 1
+    graph: Graph,
+    splits: Sequence[Split],
+    limit: int,
+    folder: Path,
+    outputs: Collection[str],
+    at_once: int = 1,
+    held: int | None = None,
 ) -> MemoryBudget:
     """Divide the free memory under a limit between the weights and the values of a batch.
 
@@ -75,12 +104,13 @@ def divide_memory(
         folder: folder for the values between two sections.
         outputs: names of the outputs that will be computed.
         at_once: number of graphs of this size that run at the same time; each gets an equal share.
+        held: bytes that the process holds before; None takes those of this process.
 
     Raises:
         MemoryBudgetError: the limit is too small for one text and one block at a time (the message states the least
             limit), or the system does not report the memory of a process.
     """
-    held = held_memory()
+    held = held_memory() if held is None else held
     if held is None:
         raise MemoryBudgetError(
             "--max-memory needs the memory use of this process, which this system does not report; leave it out."

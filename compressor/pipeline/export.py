@@ -169,7 +169,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         executor_for(settings.workers, settings.ray, steps.show, steps.warn) as executor,
     ):
         if settings.max_memory is not None:
-            report, subject = export_offloaded.compressed(settings, folder, steps, command)
+            report, subject = export_offloaded.compressed(settings, folder, steps, command, executor)
         else:
             subject = load(settings, steps, decision=share_of(settings), executor=executor)
             subject = check_original(subject, steps)

@@ -7,9 +7,9 @@ is measured in torch, which runs the original and the result block by block.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 
 from compressor import models
 from compressor.choices import TRANSFORMERS
-from compressor.data.splits import Batch
 from compressor.deferred import package
 from compressor.deferred.reference_answers import AT_ONCE
 from compressor.errors import CompressorError
+from compressor.executor.base import Executor
 from compressor.lower import checkpoint
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.nemotron_nas.engine_rules import serving
@@ -33,7 +33,7 @@ from compressor.measure.workload import timing_feeds
 from compressor.models.base import disable_use_cache
 from compressor.models.weights.lazy_weights import stored_bytes
 from compressor.quality import chance
-from compressor.quality.evaluate import Evaluation, Runner, evaluate
+from compressor.quality.evaluate import Evaluation, Measured
 from compressor.quality.intervals import Array
 from compressor.quality.parity import Parity, Reference, check_parity
 from compressor.quality.torch_reference import channel_axes
@@ -44,11 +44,12 @@ from compressor.search.plan_file import of_replay
 from compressor.search.planner import Choice, apply_fixed_plan
 from compressor.search.site_evidence import of_zeros
 from compressor.settings import Settings
+from compressor.target.sectioned import Sectioned, parts_of, run
 from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.execute.interpreter import Program
-from passes.execute.sections import partition, run_in_sections, section_ends
+from passes.execute.sections import section_ends
 from passes.graph.cache_state import bytes_per_token
 from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions
@@ -75,7 +76,9 @@ def check_target(settings: Settings) -> None:
         )
 
 
-def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, TracedModel]:
+def compressed(
+    settings: Settings, folder: Path, steps: Steps, command: str, executor: Executor
+) -> tuple[Report, TracedModel]:
     """Compress a model within the memory limit of the settings, and write all files except the report.
 
     Args:
@@ -83,16 +86,17 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
         folder: folder to write the result to.
         steps: records and shows the steps.
         command: the command line, for the report.
+        executor: runs the model over the data, in processes that each keep to the limit.
 
     Raises:
         CompressorError, PassError: the message says what was found and what to do.
     """
-    subject = load(settings, steps)
+    subject = load(settings, steps, executor=executor)
     answer, parts = subject.model.answer, [subject.data.calibration, subject.data.test]
     limit, beside = settings.max_memory, Path(settings.output)
     with (
         index_errors_as_data_errors(subject),
-        memory_budget(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds,
+        memory_budget(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE, executor) as bounds,
     ):
         assert bounds is not None
         choice = apply_fixed_plan(subject, settings, steps, bounds)
@@ -117,20 +121,12 @@ def _evaluated(
     """
     if subject.no_quality_because is not None:
         return None
-    split = subject.data.test
-    # The runners return precomputed outputs, so their batches must have the order in which `evaluate` requests them.
-    runners = {
-        name: _runner(graph, subject.model.answer, split.whole(bounds.rows), bounds) for name, graph in graphs.items()
-    }
-    return evaluate(
-        split,
-        runners,
-        head=subject.head,
-        metric=subject.metric,
-        reference="baseline",
-        batch_size=bounds.rows,
-        progress=tick,
-    )
+    split, answer, executor = subject.data.test, subject.model.answer, subject.executor
+    programs = {name: (Program(graph, outputs=[answer]), section_ends(graph)) for name, graph in graphs.items()}
+    measured = Measured(subject.head, subject.metric, "baseline")
+    shared = executor.share(Sectioned(programs, bounds.room, measured))
+    calls = ((shared, batches) for batches in executor.divide(measured.batches(split, bounds.rows)))
+    return measured.joined(chain.from_iterable(executor.run(parts_of, calls)), split, tick)
 
 
 def _checked(subject: TracedModel, quality: Evaluation | None) -> TracedModel:
@@ -151,25 +147,6 @@ def _checked(subject: TracedModel, quality: Evaluation | None) -> TracedModel:
         chance.check_varies(quality.variation, model.name, data.source)
     found = chance.check_measured(quality.metric, columns, vocabulary, model.name, data.source)
     return dataclasses.replace(subject, data=dataclasses.replace(data, limitations=(*data.limitations, *found)))
-
-
-def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: MemoryBudget) -> Runner:
-    """Return a runner that yields the outputs of these batches in their order; it ignores the feeds that it gets."""
-    tensors = ({name: torch.from_numpy(value) for name, value in batch.feeds.items()} for batch in batches)
-    answers = _answers(graph, answer, tensors, bounds)
-
-    def next_answer(_: Mapping[str, Array]) -> Array:
-        answer: Array = next(answers).numpy()
-        return answer
-
-    return next_answer
-
-
-def _answers(
-    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: MemoryBudget
-) -> Iterator[torch.Tensor]:
-    """Yield the output `answer` of a graph for each batch, computed block by block."""
-    return (output for (output,) in _outputs(graph, batches, bounds, [answer]))
 
 
 def _checkpoint(
@@ -227,9 +204,7 @@ def _outputs(
     names: Collection[str] | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the named outputs of a graph (None: all) for each batch, computed block by block."""
-    program = Program(graph, outputs=names)
-    folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
-    return run_in_sections(program, partition(program, section_ends(graph), bounds.room.weights), batches, folder)
+    return run(Program(graph, outputs=names), section_ends(graph), batches, bounds.room)
 
 
 def _parity(path: Path, graph: Graph, subject: TracedModel, bounds: MemoryBudget) -> Parity:
@@ -284,7 +259,7 @@ def _report(
         steps=tuple(steps.done),
         passes=tuple(choice.graph.history),
         environment=environment(),
-        notes=tuple(_notes(settings, steps)),
+        notes=(*_notes(settings, steps, subject.executor.peak), *subject.executor.said),
         engine=engine,
         evidence=choice.evidence,
         limitations=(
@@ -301,11 +276,12 @@ def _size(graph: Graph, subject: TracedModel) -> Size:
     return Size(cost.parameters, cost.multiply_adds, stored_bytes(graph), bytes_per_token(graph))
 
 
-def _notes(settings: Settings, steps: Steps) -> Iterator[str]:
-    """Yield a note on the peak memory of the process."""
+def _notes(settings: Settings, steps: Steps, of_workers: int | None) -> Iterator[str]:
+    """Yield notes on the peak memory of this process and of the workers."""
     peaks = [step.peak_memory for step in steps.done if step.peak_memory is not None]
     assert settings.max_memory is not None
-    if peaks:
-        relation = "under" if max(peaks) <= settings.max_memory else "above"
-        limit = f"the limit of {settings.max_memory / GIB:.2f} GiB"
-        yield f"Peak memory was {max(peaks) / GIB:.2f} GiB, {relation} {limit}."
+    found = {"Peak memory": max(peaks, default=None), "Peak memory of a worker": of_workers}
+    for name, peak in found.items():
+        if peak is not None:
+            relation = "under" if peak <= settings.max_memory else "above"
+            yield f"{name} was {peak / GIB:.2f} GiB, {relation} the limit of {settings.max_memory / GIB:.2f} GiB."

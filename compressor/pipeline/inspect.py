@@ -85,7 +85,7 @@ def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> 
     splits, output = [subject.data.calibration], Path(settings.output)
     with (
         index_errors_as_data_errors(subject),
-        memory_budget(subject.graph, splits, settings.max_memory, output, ()) as bounds,
+        memory_budget(subject.graph, splits, settings.max_memory, output, (), executor=executor) as bounds,
     ):
         scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.executor.base import Batches
 from compressor.study.dataset_agreement import CosineSums, DatasetAgreement, between, random_tokens, short
 from compressor.study.ranking_stability import Stability, stability
 from passes.analysis.token_axis import data_dependent_nodes, leading_constants
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from compressor.data.splits import Data
     from compressor.lower.traced_model import TracedModel
     from compressor.models import Model
-    from compressor.workspace.progress import Steps
+    from compressor.workspace.progress import Steps, Tick
     from passes.graph.graph import Graph, Site
 
 # Sun et al. 2024, section 2: a massive activation is above 100 and above 1,000 times the median.
@@ -107,26 +108,30 @@ def study(subject: TracedModel, steps: Steps, *, seed: int = 0, against: Sequenc
         against: other data sets. All pairs of rankings, those with the subject's data included, are compared. Each data
             set takes one pass through the model.
     """
-    from compressor.search.planner import with_progress
-
     own = subject.data
     with steps.step("study the sites") as tick:
-        batches = with_progress(_batches(subject, own, seed), _rows(own), tick)
-        statistics = apply(_measure(subject, own), subject.graph, batches)
+        statistics = _statistics(subject, own, seed, tick)
     sums = _sums(own.source, statistics, subject.sites)
     with steps.step("compare rankings of samples") as tick:
         stable = stability(sums.tokens, sums.sums, seed=seed, progress=tick)
     sets = [sums]
     for data in against:
         with steps.step(f"rank by {short(data.source)}") as tick:
-            batches = with_progress(_batches(subject, data, seed), _rows(data), tick)
-            sets.append(_sums(data.source, apply(_measure(subject, data), subject.graph, batches), subject.sites))
+            sets.append(_sums(data.source, _statistics(subject, data, seed, tick), subject.sites))
     kinds = [site.kind for site in subject.sites]
     pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
     agreements = tuple(pair for pair in pairs if pair is not None)
     model, count = subject.model, len(own.calibration)
     described, others = own.describe(), tuple(data.source for data in against)
     return Study(model.name, model.task, described, count, subject.sites, statistics, stable, agreements, others)
+
+
+def _statistics(subject: TracedModel, data: Data, seed: int, tick: Tick) -> Statistics:
+    """Run the model over the calibration data, on workers if it has any."""
+    from compressor.search.planner import with_progress
+
+    batches = Batches(subject.executor, lambda: with_progress(_batches(subject, data, seed), _rows(data), tick))
+    return apply(_measure(subject, data), subject.graph, batches)
 
 
 def _measure(subject: TracedModel, data: Data) -> Measure:

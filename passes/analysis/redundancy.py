@@ -19,14 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.base import PassError, sum_over_batches
+from passes.base import PassError, over_groups, sum_over_batches
 from passes.execute.interpreter import Program
-from passes.execute.sections import SectionBudget, partition, run_in_sections, section_ends
+from passes.execute.sections import SectionBudget, partition, run_in_sections
 from passes.graph.graph import dependents_of
 from passes.graph.sites import find_sites
 
@@ -183,7 +184,7 @@ class Score:
         sweep = _Sweep(graph, sites)
         if self.room is None:
             return _compared(sum_over_batches(sweep.batch, data, "Score"))
-        parts = sweep.in_sections(data or (), self.room)
+        parts = iter(over_groups(partial(sweep.in_sections, room=self.room), data))
         if (first := next(parts, None)) is None:
             raise PassError("Score got no batches of data.")
         return _compared(sum(parts, start=first))
@@ -248,11 +249,12 @@ class _Sweep:
             if node.name == self.sites[-1].root:
                 records[number].scores = self._scores(values, records[number])
 
-        sections = partition(self.program, section_ends(self.program.graph), room.weights)
-        for number, _ in enumerate(run_in_sections(self.program, sections, recorded_feeds(), room.folder, observe)):
-            scores = records[number].scores
-            assert scores is not None
-            yield scores
+        sections = partition(self.program, {self.states[0], *self.ends}, room.weights)
+        with room.own_folder() as folder:
+            for number, _ in enumerate(run_in_sections(self.program, sections, recorded_feeds(), folder, observe)):
+                scores = records[number].scores
+                assert scores is not None
+                yield scores
 
     def _observe(self, node: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
         for site in self.at_root.get(node.name, ()):

@@ -160,14 +160,19 @@ class _Sweep:
         self.blocks = {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
         self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
-        self.nodes = {node.name: node for node in graph.nodes()}
-        self.leading = _leading(graph, self.states, self.dims, self.nodes, len(study.kinds.leading))
+        nodes = {node.name: node for node in graph.nodes()}
+        self.leading = _leading(graph, self.states, self.dims, nodes, len(study.kinds.leading))
         self.at_root: dict[str, list[Site]] = {}
         for site in sites:
             self.at_root.setdefault(site.root, []).append(site)
         self.at_end = {members[-1].root: members for members in self.blocks.values()}
         branches = {site.branch for site in sites if site.add != site.root}
         self.program = Program(graph, keep={members[0].trunk for members in self.blocks.values()} | branches)
+
+    @property
+    def nodes(self) -> Mapping[str, fx.Node]:
+        """Return the nodes of the program by name; in another process, those that it has there."""
+        return self.program.named
 
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Statistics:

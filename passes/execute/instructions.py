@@ -41,6 +41,13 @@ class Instruction:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Return the positions of the instructions whose values are read."""
+        found: list[int] = []
+        self.arguments(found.append)
+        return tuple(found)
+
     def arguments(self, value_of: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the values of other instructions, by their positions, filled in."""
         filled: tuple[tuple[Any, ...], dict[str, Any]] = _filled((self.args, self.kwargs), value_of)

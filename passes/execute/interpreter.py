@@ -61,6 +61,10 @@ class Program:
         """Return the nodes of `order` by name."""
         return {node.name: node for node in self.order}
 
+    def reads(self, node: fx.Node) -> Collection[fx.Node]:
+        """Return the nodes that a node reads."""
+        return node.all_input_nodes
+
     def _resolve(self, node: fx.Node) -> fx.Node:
         return self.stand_in.get(node, node)
 
@@ -148,6 +152,10 @@ class InstructionProgram(Program):
         self.instructions = instructions
         self.inputs, self.order, self.outputs = inputs, order, outputs
         self.constants, self.last_uses = constants, last_uses
+
+    def reads(self, node: Any) -> Collection[Any]:
+        """Return the instructions that an instruction reads."""
+        return [self.instructions[position] for position in node.reads]
 
     def step(self, node: Any, values: dict[Any, Any]) -> Any:
         """Compute the value of one instruction from the values that it reads."""

@@ -7,6 +7,8 @@ therefore grows neither with the size of the model nor with the number of sample
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -37,6 +39,12 @@ class SectionBudget:
 
     weights: int
     folder: Path
+
+    @contextlib.contextmanager
+    def own_folder(self) -> Iterator[Path]:
+        """Yield a folder for one run, which is removed: in `folder`, or on another machine among its temporary ones."""
+        with tempfile.TemporaryDirectory(dir=self.folder if self.folder.is_dir() else None) as folder:
+            yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def smallest_sections(program: Program, ends: Collection[str]) -> Iterator[Secti
     """Yield the smallest sections of a program, each of which ends after one of the nodes `ends`."""
     stops = [index + 1 for index, node in enumerate(program.order) if node.name in ends]
     for start, stop in pairwise(sorted({0, *stops, len(program.order)})):
-        read = {source for node in program.order[start:stop] for source in node.all_input_nodes}
+        read = {source for node in program.order[start:stop] for source in program.reads(node)}
         yield Section(start, stop, frozenset(node for node in read if is_offloaded(program.constants.get(node))))
 
 
@@ -170,5 +178,5 @@ def _own_storage(value: Any) -> Any:
 def _load_values(path: Path, program: Program) -> Values:
     values = torch.load(path, weights_only=True)
     path.unlink()
-    by_name = {node.name: node for node in program.order} | {node.name: node for node in program.graph.placeholders()}
+    by_name = {node.name: node for node in (*program.order, *program.inputs.values())}
     return {by_name[name]: value for name, value in values.items()}

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +24,13 @@ from compressor.internals.transformers import (
     shards,
 )
 from compressor.models.base import ModelError
+from compressor.models.weights.stored_tensor import DTYPES, Stored
 from passes.execute.offloaded_weights import READ, is_offloaded, offloaded
 from passes.graph.graph import Graph
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers may also have the integer and bool types.
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 SHARD = "5GB"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file; `kind` is the dtype name of the file, such as BF16."""
-
-    path: Path
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype in the file."""
-        return DTYPES[self.kind]
-
-    def __call__(self) -> torch.Tensor:
-        """Read the values as float32."""
-        return self.as_stored().float()
-
-    def as_stored(self) -> torch.Tensor:
-        """Read the values in the dtype of the file."""
-        with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-        return tensor
 
 
 def module_on_disk(kind: Any, config: Any, location: str, options: Mapping[str, Any]) -> torch.nn.Module:
@@ -123,7 +97,7 @@ def _stored(location: str, options: Mapping[str, Any]) -> dict[str, Stored]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+                tensors[name] = Stored(Path(path).absolute(), name, part.get_dtype(), tuple(part.get_shape()))
     return tensors
 
 

@@ -13,7 +13,7 @@ import torch
 
 from compressor.errors import SettingsError
 from compressor.executor.base import Batches, ExecutorError, InProcess
-from compressor.executor.on_ray import AHEAD, OnRay, _value, executor_for
+from compressor.executor.on_ray import AHEAD, OnRay, Taken, _value, executor_for
 from compressor.executor.packed import SharedTensors, packed
 from compressor.executor.shared_files import bytes_of
 from compressor.measure.workload import Call
@@ -26,6 +26,7 @@ from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.workspace.environment import own_memory
 from passes.analysis.redundancy import Score
+from passes.analysis.token_statistics import MeasureTokenStatistics
 from passes.base import apply
 from passes.execute.interpreter import run
 from tests.samples import digits
@@ -190,7 +191,7 @@ def test_calls_ask_for_the_memory_that_their_workers_took(on_ray):
     executor = OnRay(2)
     before = executor.memory
     with pytest.raises(ExecutorError, match=r"a worker takes 7\.5e\+03 GiB, but no machine of the cluster has more"):
-        executor._note(6000 * 2**30)
+        executor._note(Taken(6000 * 2**30, None))
     assert executor.memory > before
 
 
@@ -261,6 +262,23 @@ def test_scores_are_the_same_to_the_bit(on_ray):
     assert (first.samples, first.sites, first.blocks) == (second.samples, second.sites, second.blocks)
     for name in ("similarity", "tokens", "angular", "ends"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+@needs_ray
+def test_statistics_of_a_study_are_the_same_to_the_bit(on_ray):
+    _, data, graph, _ = digits()
+    first, second = (
+        apply(
+            MeasureTokenStatistics(), graph, Batches(executor, functools.partial(tensor_batches, data.calibration, 8))
+        )
+        for executor in (InProcess(), on_ray)
+    )
+    for one, other in zip(
+        [*first.sites.values(), *first.blocks.values(), *first.states.values()],
+        [*second.sites.values(), *second.blocks.values(), *second.states.values()],
+        strict=True,
+    ):
+        assert all(torch.equal(value, getattr(other, name)) for name, value in vars(one).items())
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch):

@@ -4,31 +4,38 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 import signal
 from importlib import util
 
 import numpy as np
 import pytest
 
-from compressor.executor.base import InProcess, UnsharableError
-from compressor.executor.on_ray import executor_for
+from compressor.executor.base import ExecutorError, InProcess, UnsharableError
+from compressor.executor.on_ray import OnRay, executor_for
 from compressor.lower.traced_model import ModelAndData
-from compressor.measure import engine_quality
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines, evaluate_openers
 from compressor.measure.latency import EngineTimer
+from compressor.measure.memory_budget import GIB
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.workload import RUN, Call
+from compressor.pipeline import export_offloaded
 from compressor.quality.evaluate import BATCH
+from compressor.settings import Settings
+from compressor.target import side_by_side
 from compressor.target.opener import Opener
 from compressor.target.torch_eager import Module
 from compressor.workspace.output_folder import engine_files
+from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
+from tests.decoders import sampled_tokens, saved
 from tests.samples import digits
 
 pytest.importorskip("onnxruntime")
 needs_ray = pytest.mark.skipif(util.find_spec("ray") is None, reason="Ray is not installed")
+LIMIT = 6 * GIB  # of memory, never reached
 STORE = {"object_store_memory": 200_000_000}
 
 
@@ -37,10 +44,10 @@ def on_cluster():
     """Start a cluster of this machine, without cores, and another one with two."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "include_dashboard": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "memory": LIMIT}
     nodes = Cluster(initialize_head=True, head_node_args=head | STORE)
     try:
-        nodes.add_node(num_cpus=2, **STORE)
+        nodes.add_node(num_cpus=2, memory=2 * LIMIT, **STORE)
         with executor_for(None, nodes.address) as executor:
             assert executor.workers == 2
             yield executor
@@ -110,6 +117,14 @@ def test_precision_trials_and_quality_are_the_same_to_the_bit_on_a_cluster(on_cl
 
 
 @needs_ray
+def test_workers_that_nothing_ran_on_are_said(on_cluster):
+    said = []
+    with executor_for(1, None, warn=said.append):
+        pass
+    assert said == ["nothing ran on the workers, as this command had nothing to run over the data; leave them out."]
+
+
+@needs_ray
 def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built):
     builder, file = built
     subject, options = builder.subject, BuildOptions(threads=1)
@@ -126,7 +141,7 @@ def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(
     assert not executor.said
     assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
     assert [sentence.partition(" (")[0] for sentence in executor.said] == [
-        "quality is measured in this process, because a model is not one that can be sent to workers"
+        "quality is measured in this process, because the model cannot be sent to workers"
     ]
 
 
@@ -157,13 +172,56 @@ def test_large_engines_are_open_one_at_a_time_with_the_same_figures(built, tmp_p
     expected = evaluate_openers(openers, builder.subject, split, "float", lambda *_: None)
     assert most == [1, 2, 3]
     most.clear()
-    monkeypatch.setattr(engine_quality, "TOGETHER", 0)
-    monkeypatch.setattr(engine_quality, "KEPT", kept)
+    monkeypatch.setattr(side_by_side, "TOGETHER", 0)
+    monkeypatch.setattr(side_by_side, "KEPT", kept)
     found = evaluate_openers(openers, builder.subject, split, "float", lambda *_: None)
     assert same(expected, found)
     assert expected.value("int8") == found.value("again")
     assert set(most) == {1}
     assert len(most) == 3 * (1 if kept else math.ceil(len(split) / BATCH))
+
+
+@needs_ray
+def test_a_model_on_disk_is_scored_and_evaluated_on_workers_within_their_memory(on_cluster, tmp_path):
+    """Its weights are read by the workers, section by section; scores and quality are those of this process."""
+    saved(tmp_path / "llama", "Llama", num_hidden_layers=2)
+    np.save(tmp_path / "tokens.npy", sampled_tokens(tmp_path / "llama", 24, 17))
+    settings = Settings(
+        tmp_path / "llama",
+        tmp_path / "tokens.npy",
+        drop="block:1",
+        target="transformers",
+        max_memory=LIMIT,
+        max_length=8,
+        output=tmp_path / "out",
+    )
+    reports = []
+    for executor in (InProcess(), on_cluster):
+        (tmp_path / "out").mkdir()
+        reports.append(export_offloaded.compressed(settings, tmp_path / "out", Steps(), "", executor)[0])
+        shutil.rmtree(tmp_path / "out")
+    one, other = reports
+    assert on_cluster.memory == LIMIT
+    assert (one.plan, one.evidence, one.quality, one.parity) == (
+        other.plan,
+        other.evidence,
+        other.quality,
+        other.parity,
+    )
+    assert [note for note in other.notes if note.startswith("Peak memory of a worker was ") and " under the" in note]
+    assert not [note for note in one.notes if "worker" in note]
+
+
+@needs_ray
+def test_more_memory_than_machines_have_is_refused_and_for_some_workers_it_is_said(on_cluster):
+    executor = OnRay(8)
+    executor.ask(LIMIT)
+    assert executor.said == [
+        f"the memory of 8 workers is 8 times {LIMIT / GIB:g} GiB, of which the cluster has {3 * LIMIT / GIB:g} GiB for "
+        "workers; 3 of them compute at the same time."
+    ]
+    with pytest.raises(ExecutorError, match="a worker takes 1e\\+03 GiB, but no machine of the cluster has more"):
+        executor.ask(1000 * GIB)
 
 
 def test_engines_on_a_gpu_are_evaluated_in_this_process_which_is_said(built):

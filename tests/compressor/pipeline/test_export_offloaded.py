@@ -26,21 +26,11 @@ from compressor.search.planner import ChoiceError
 from compressor.settings import Settings
 from passes.base import PassError
 from runtimes.base.timing import interleave
-from tests.decoders import random_tokens, saved
+from tests.decoders import random_tokens, sampled_tokens, saved
 
 ENOUGH = 512 * GIB  # never reached; tests of a limit that is reached run in processes of their own
 SAME = 1e-6  # relative tolerance of the same operators on other batches
 FILE = 1e-5  # tolerance of logits of size 1 from ONNX files that were folded in another way
-
-
-def sampled_tokens(model, rows, tokens):
-    """Draw texts from a model, which it predicts better than chance."""
-    llama = transformers.AutoModelForCausalLM.from_pretrained(model)
-    torch.manual_seed(0)
-    drawn = llama.generate(
-        random_tokens(rows, 1), do_sample=True, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, pad_token_id=0
-    )
-    return drawn.numpy()
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_weights_are_not_in_memory_until_they_are_read(tmp_path):
         assert weight.untyped_storage().nbytes() == weight.itemsize
         assert torch.isnan(weight).all()
     (tmp_path / SINGLE).unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ModelError, match=r"there is no file .*model\.safetensors on this machine; --max-memory reads"):
         in_memory(module.get_parameter("model.embed_tokens.weight"))
 
 
