@@ -114,10 +114,12 @@ class Batches:
     Attributes:
         executor: runs the functions.
         make: returns a new iterator over the batches.
+        count: least number of batches; None if it is not known.
     """
 
     executor: Executor
     make: Callable[[], Iterable[Any]]
+    count: int | None = None
     _shared: Iterable[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:

@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 
 AHEAD = 2  # calls that wait for each worker, so that it need not wait for the next one
 AT_ONCE = 4  # most values of `divide` in a call, which are in memory together
+BYTES = 2**26  # of these values, of which those of all calls on the way are in the object store
 RETRIES = 3  # times that a call runs again after its worker died; more would never end for a call that kills it
 REACHED = 5.0  # seconds in which an address has to answer
 MEMORY = 2**30  # bytes that the first calls ask for; torch and the libraries take most of it
@@ -202,7 +203,9 @@ class OnRay:
         else:
             most = min(max(math.ceil(count / self.workers), 1), AT_ONCE)
         left = iter(values)
-        while part := list(islice(left, most)):
+        while part := list(islice(left, 1)):
+            size = len(packed(part).pickled)
+            part += islice(left, (most if count is None else min(most, max(BYTES // size, 1))) - 1)
             handle: Any = packed(part)
             yield handle
 
@@ -223,9 +226,10 @@ class OnRay:
         found = self._check_memory()
         at_once = sum(int(each // memory) for each in found)
         if at_once < self.workers:
+            there = " + ".join(f"{each / 2**30:.3g}" for each in found)
             self.say(
-                f"the memory of {self.workers} workers is {self.workers} times {memory / 2**30:.3g} GiB, of which the "
-                f"cluster has {sum(found) / 2**30:.3g} GiB for workers; {at_once} of them compute at the same time."
+                f"{self.workers} workers need {self.workers} times {memory / 2**30:.3g} GiB, but the cluster has "
+                f"{there} GiB for workers, so at most {at_once} compute at the same time."
             )
 
     def keep(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Sequence[Result]:
@@ -285,14 +289,16 @@ class OnRay:
         self._check_memory()
 
     def _check_memory(self) -> list[float]:
-        """Return the bytes that each machine has for workers; raise if that is too little for one."""
+        """Return the bytes that each machine with cores has for workers; raise if that is too little for one."""
         import ray
 
-        found = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-        if self.memory > max(found):
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        found = [float(resources.get("memory", 0.0)) for resources in machines]
+        most, less = max(found, default=0.0), "fewer --workers" if self.spare > 1.0 else "a smaller --max-memory"
+        if self.memory > most:
             raise ExecutorError(
                 f"a worker takes {self.memory / 2**30:.2g} GiB, but no machine of the cluster has more than "
-                f"{max(found) / 2**30:.2g} GiB for workers; use machines with more memory, or fewer --workers."
+                f"{most / 2**30:.2g} GiB for workers; use machines with more memory, or {less}."
             )
         return found
 
