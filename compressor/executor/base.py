@@ -62,7 +62,7 @@ class Executor(Protocol):
         """Make a value an argument of many calls; its tensors are sent to a machine once, and must not change.
 
         Raises:
-            UnsharableError: the value cannot be pickled.
+            UnsharableError: the value cannot be pickled. Calls raise it where workers cannot import what it needs.
         """
         ...
 

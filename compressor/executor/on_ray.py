@@ -180,9 +180,7 @@ class OnRay:
         try:
             parts = self._shared.packed(value)
         except Exception as error:  # what cannot be pickled raises errors without a common base
-            raise UnsharableError(
-                f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray."
-            ) from error
+            raise _unsharable(error) from error
         handle: Any = ray.put(parts)
         return handle  # type: ignore[no-any-return]
 
@@ -332,6 +330,10 @@ def _abandon(handles: Sequence[Any]) -> None:
         ray.wait(list(handles), num_returns=len(handles), fetch_local=False)
 
 
+def _unsharable(error: Exception) -> UnsharableError:
+    return UnsharableError(f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray.")
+
+
 def _sentence(error: BaseException) -> str:
     """Return the message of an error on one line, without the full stop."""
     return " ".join(str(error).split()).rstrip(".")
@@ -401,8 +403,15 @@ def _value(argument: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _unpacked(value: Packed) -> Any:
-    """Return a shared value; it is unpacked once for many calls."""
-    return value.value(_arrays)
+    """Return a shared value; it is unpacked once for many calls.
+
+    Raises:
+        UnsharableError: this process cannot import what the value needs, such as code of a hub repository.
+    """
+    try:
+        return value.value(_arrays)
+    except (ImportError, AttributeError) as error:
+        raise _unsharable(error) from error
 
 
 @functools.lru_cache(maxsize=8)

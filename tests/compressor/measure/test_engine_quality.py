@@ -5,7 +5,9 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 from importlib import util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,7 +125,7 @@ def test_workers_that_nothing_ran_on_are_said(on_cluster):
 
 
 @needs_ray
-def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built):
+def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built, monkeypatch):
     builder, file = built
     subject, options = builder.subject, BuildOptions(threads=1)
     module = Module(subject.model)
@@ -132,14 +134,22 @@ def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(
     def unsendable(options):
         return module.open(options)
 
-    kept = sent | {"torch": Opener(unsendable, options)}
+    def only_here(options):
+        return module.open(options)
+
+    only_here.__module__, only_here.__qualname__ = "of_this_process", "only_here"
+    monkeypatch.setitem(sys.modules, "of_this_process", SimpleNamespace(only_here=only_here))
     split, executor = subject.data.validation, on_cluster
     expected = evaluate_openers(sent, subject, split, "torch", lambda *_: None)
     assert same(expected, evaluate_openers(sent, subject, split, "torch", lambda *_: None, executor))
     assert not executor.said
-    assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
-    assert [sentence.partition(" (")[0] for sentence in executor.said] == [
-        "quality is measured in this process, because the model cannot be sent to workers"
+    for load in (unsendable, only_here):
+        kept = sent | {"torch": Opener(load, options)}
+        assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
+    sentence = "quality is measured in this process, because the model cannot be sent to workers"
+    assert executor.said == [
+        f"{sentence} (Can't pickle local object '{unsendable.__qualname__}').",
+        f"{sentence} (No module named 'of_this_process').",
     ]
 
 
