@@ -47,7 +47,7 @@ def builder(folder: Path, target: Any = None, no_quality: str | None = "the data
         **names,
         **dict.fromkeys(("is_encoder_decoder", "is_vision_language", "has_two_towers", "has_parts"), False),
         state={},
-        evaluated=lambda outputs: outputs["y"],
+        evaluated_output=SimpleNamespace(of=lambda outputs: outputs["y"]),
     )
     subject: Any = SimpleNamespace(data=data, model=model, metric="similarity", no_quality_because=no_quality)
     return EngineBuilder(subject, Target() if target is None else target, BuildOptions(), folder)

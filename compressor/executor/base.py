@@ -62,7 +62,7 @@ class Executor(Protocol):
         """Make a value an argument of many calls; its tensors are sent to a machine once, and must not change.
 
         Raises:
-            UnsharableError: the value cannot be pickled.
+            UnsharableError: the value cannot be pickled. Calls raise it where workers cannot import what it needs.
         """
         ...
 
@@ -114,10 +114,12 @@ class Batches:
     Attributes:
         executor: runs the functions.
         make: returns a new iterator over the batches.
+        count: least number of batches; None if it is not known.
     """
 
     executor: Executor
     make: Callable[[], Iterable[Any]]
+    count: int | None = None
     _shared: Iterable[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:

@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 
 AHEAD = 2  # calls that wait for each worker, so that it need not wait for the next one
 AT_ONCE = 4  # most values of `divide` in a call, which are in memory together
+BYTES = 2**26  # of these values, of which those of all calls on the way are in the object store
 RETRIES = 3  # times that a call runs again after its worker died; more would never end for a call that kills it
 REACHED = 5.0  # seconds in which an address has to answer
 MEMORY = 2**30  # bytes that the first calls ask for; torch and the libraries take most of it
@@ -179,9 +180,7 @@ class OnRay:
         try:
             parts = self._shared.packed(value)
         except Exception as error:  # what cannot be pickled raises errors without a common base
-            raise UnsharableError(
-                f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray."
-            ) from error
+            raise _unsharable(error) from error
         handle: Any = ray.put(parts)
         return handle  # type: ignore[no-any-return]
 
@@ -202,7 +201,9 @@ class OnRay:
         else:
             most = min(max(math.ceil(count / self.workers), 1), AT_ONCE)
         left = iter(values)
-        while part := list(islice(left, most)):
+        while part := list(islice(left, 1)):
+            size = len(packed(part).pickled)
+            part += islice(left, (most if count is None else min(most, max(BYTES // size, 1))) - 1)
             handle: Any = packed(part)
             yield handle
 
@@ -223,9 +224,10 @@ class OnRay:
         found = self._check_memory()
         at_once = sum(int(each // memory) for each in found)
         if at_once < self.workers:
+            there = " + ".join(f"{each / 2**30:.3g}" for each in found)
             self.say(
-                f"the memory of {self.workers} workers is {self.workers} times {memory / 2**30:.3g} GiB, of which the "
-                f"cluster has {sum(found) / 2**30:.3g} GiB for workers; {at_once} of them compute at the same time."
+                f"{self.workers} workers need {self.workers} times {memory / 2**30:.3g} GiB, but the cluster has "
+                f"{there} GiB for workers, so at most {at_once} compute at the same time."
             )
 
     def keep(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Sequence[Result]:
@@ -285,14 +287,16 @@ class OnRay:
         self._check_memory()
 
     def _check_memory(self) -> list[float]:
-        """Return the bytes that each machine has for workers; raise if that is too little for one."""
+        """Return the bytes that each machine with cores has for workers; raise if that is too little for one."""
         import ray
 
-        found = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-        if self.memory > max(found):
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        found = [float(resources.get("memory", 0.0)) for resources in machines]
+        most, less = max(found, default=0.0), "fewer --workers" if self.spare > 1.0 else "a smaller --max-memory"
+        if self.memory > most:
             raise ExecutorError(
                 f"a worker takes {self.memory / 2**30:.2g} GiB, but no machine of the cluster has more than "
-                f"{max(found) / 2**30:.2g} GiB for workers; use machines with more memory, or fewer --workers."
+                f"{most / 2**30:.2g} GiB for workers; use machines with more memory, or {less}."
             )
         return found
 
@@ -324,6 +328,10 @@ def _abandon(handles: Sequence[Any]) -> None:
         ray.cancel(handle)
     if handles:
         ray.wait(list(handles), num_returns=len(handles), fetch_local=False)
+
+
+def _unsharable(error: Exception) -> UnsharableError:
+    return UnsharableError(f"the model cannot be sent to workers ({_sentence(error)}); leave out --workers and --ray.")
 
 
 def _sentence(error: BaseException) -> str:
@@ -395,8 +403,15 @@ def _value(argument: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _unpacked(value: Packed) -> Any:
-    """Return a shared value; it is unpacked once for many calls."""
-    return value.value(_arrays)
+    """Return a shared value; it is unpacked once for many calls.
+
+    Raises:
+        UnsharableError: this process cannot import what the value needs, such as code of a hub repository.
+    """
+    try:
+        return value.value(_arrays)
+    except (ImportError, AttributeError) as error:
+        raise _unsharable(error) from error
 
 
 @functools.lru_cache(maxsize=8)

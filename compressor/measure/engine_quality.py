@@ -77,12 +77,12 @@ def evaluate_openers(
         subject.model.evaluated_output,
         measured,
     )
+    files = executor.share_files(dict.fromkeys(file for opener in openers.values() for file in opener.files))
     try:
         shared = executor.share(engines)
+        placed = executor.divide(measured.batches(split), math.ceil(len(split) / BATCH))
+        parts = executor.run(parts_of, ((shared, files, batches) for batches in placed))
+        return measured.joined(chain.from_iterable(parts), split, tick)
     except UnsharableError as error:
         executor.say(f"{HERE}, because {str(error).rpartition(';')[0]}.")
         return evaluate_openers(openers, subject, split, reference, tick)
-    files = executor.share_files(dict.fromkeys(file for opener in openers.values() for file in opener.files))
-    placed = executor.divide(measured.batches(split), math.ceil(len(split) / BATCH))
-    parts = executor.run(parts_of, ((shared, files, batches) for batches in placed))
-    return measured.joined(chain.from_iterable(parts), split, tick)

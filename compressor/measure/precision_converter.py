@@ -7,24 +7,21 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import numpy as np
-import torch
+from typing import Literal, TypeVar
 
 from compressor.choices import AUTO, Calibration
 from compressor.errors import CompressorError
+from compressor.executor.base import Batches
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.latency import EngineTimer
-from compressor.quality.evaluate import EvaluationError
+from compressor.quality.evaluate import BATCH, EvaluationError
 from compressor.quality.heads.registry import head_for
 from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
 from compressor.quantize.half_precision import check_file
-from compressor.quantize.output_error import Judge
+from compressor.quantize.output_error import HeadDivergence, Judge
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
-from passes.analysis.redundancy import output_mask
 from runtimes.base.protocols import RuntimesError
 
 Key = TypeVar("Key")
@@ -92,7 +89,7 @@ class PrecisionConverter:
             source.path,
             precision,
             self.builder.target.int8,
-            self.builder.calibration_batches,
+            self._calibration,
             quantizer=quantizer,
             calibration=self.calibration,
             loss=None if loss is None else partial(_loss_of_file, loss, precision),
@@ -105,17 +102,16 @@ class PrecisionConverter:
             self._check_engine(source)
         return source, facts
 
+    def _calibration(self) -> Batches:
+        """Return the calibration batches, which run on the builder's executor."""
+        count = math.ceil(len(self.builder.subject.data.calibration) / BATCH)
+        return Batches(self.builder.executor, self.builder.calibration_batches, count)
+
     def _judge(self) -> Judge:
         """Return the comparison of outputs: the divergence of the model's head."""
         model = self.builder.subject.model
         head = head_for(model.task, model.problem_type)
-
-        def distance(outputs: Mapping[str, Any], exact: Mapping[str, Any], feeds: Mapping[str, Any]) -> float:
-            changed, original = (torch.from_numpy(np.asarray(model.evaluated(each))) for each in (outputs, exact))
-            mask = output_mask(feeds) if original.ndim > 2 else None
-            return float(head.divergence(changed, original, None if mask is None else torch.from_numpy(mask)).mean())
-
-        return Judge((model.answer, *model.stacked), distance)
+        return Judge((model.answer, *model.stacked), HeadDivergence(model.evaluated_output, head))
 
     def convert_for_timing(self, path: Path, precision: str) -> Source:
         """Convert a float file for timing alone: int8 ranges come from one batch, and the loss is not measured.

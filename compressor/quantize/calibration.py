@@ -13,7 +13,7 @@ not depend on the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from compressor.choices import Calibration
 from compressor.data.rows import take_rows
-from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
+from compressor.quantize.intermediate_values import Batch, beside, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import PREFIX, Activations, Edit, QuantizeError, Range, activation_grid, load
 
 BY_EXTREMES = ("typical", "minmax")
@@ -75,7 +75,7 @@ def extremes(
     source: Path,
     work: Path,
     names: Sequence[str],
-    feeds: Callable[[], Iterator[Batch]],
+    feeds: Callable[[], Iterable[Batch]],
     progress: Callable[[str], None],
 ) -> Extremes:
     """Measure the minimum and maximum of activations in one pass.
@@ -131,7 +131,7 @@ class Histograms:
         return {name: _cheapest(counts, self.extreme[name], cost) for name, counts in self.counts.items()}
 
 
-def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], Iterator[Batch]]) -> Histograms:
+def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], Iterable[Batch]]) -> Histograms:
     """Compute histograms of activations between their extremes, over the first `HISTOGRAM_SAMPLES` samples.
 
     Args:
@@ -147,13 +147,20 @@ def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], It
     save_with_outputs(model, Edit(model.graph), found.names, work)
     reach = found.ranges("minmax")
     counts = {name: np.zeros(BINS) for name in found.names}
-    for _, values in stream(work, _few_rows(feeds(), HISTOGRAM_SAMPLES), found.names):
-        for name, value in zip(found.names, values, strict=True):
-            counts[name] += np.histogram(value, BINS, reach[name])[0]
+    calibration = feeds()
+    few = beside(calibration, _few_rows(calibration, HISTOGRAM_SAMPLES), HISTOGRAM_SAMPLES // ROWS)
+    for _, counted in stream(work, few, found.names, partial(_counted, [reach[name] for name in found.names])):
+        for name, value in zip(found.names, counted, strict=True):
+            counts[name] += value
     return Histograms(counts, reach)
 
 
-def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
+def _counted(ranges: Sequence[Range], values: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Count the values of each activation in the bins of its range."""
+    return [np.histogram(value, BINS, reach)[0] for value, reach in zip(values, ranges, strict=True)]
+
+
+def _few_rows(feeds: Iterable[Batch], most: int) -> Iterator[Batch]:
     """Yield the first `most` samples in batches of at most `ROWS`."""
     for batch in feeds:
         rows = min(max(map(len, batch.values())), most)

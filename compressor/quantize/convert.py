@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import util
@@ -41,7 +41,7 @@ def convert(
     destination: Path,
     precision: str,
     style: Int8Style,
-    feeds: Callable[[], Iterator[Feeds]],
+    feeds: Callable[[], Iterable[Feeds]],
     *,
     quantizer: str = OURS,
     calibration: Calibration | Literal["auto"] = "auto",
@@ -108,7 +108,7 @@ def convert(
 
 
 def _in_fp16(
-    source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]], progress: Callable[[str], None] | None
+    source: Path, destination: Path, feeds: Callable[[], Iterable[Feeds]], progress: Callable[[str], None] | None
 ) -> tuple[Kept, ...]:
     """Convert a float file, or the nodes around int4 weights, to fp16; return the layers that stay in float32."""
     return to_fp16(source, destination, _maxima(source, destination, feeds, progress)).kept
@@ -117,7 +117,7 @@ def _in_fp16(
 def _maxima(
     source: Path,
     destination: Path,
-    feeds: Callable[[], Iterator[Feeds]],
+    feeds: Callable[[], Iterable[Feeds]],
     progress: Callable[[str], None] | None,
 ) -> dict[str, float]:
     """Measure the largest magnitude of each value of a float file, with a temporary model next to the result."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ from compressor.quantize.smoothquant import smooth
 __all__ = ["Attempt", "Kept", "QuantizeError", "Quantized", "quantize"]
 
 Mode = Literal["static", "dynamic"]
-Feeds = Callable[[], Iterator[Batch]]
+Feeds = Callable[[], Iterable[Batch]]
 
 ATTEMPTS = 6
 """Numbers of nodes kept in float that are tried at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from onnx import helper
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
+from compressor.executor.base import Batches, InProcess
 from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, PREFIX, Edit, QuantizeError, load, save
+from compressor.workspace.output_folder import engine_files
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -27,15 +30,48 @@ def save_with_outputs(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str]
     save(model, path, EXTERNAL_ABOVE)
 
 
-def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-    """Run each batch and yield its number of samples and its outputs.
+def all_values(values: list[npt.NDArray[Any]]) -> Any:
+    """Return the outputs of a batch as they are."""
+    return values
 
-    A batch is released before the next is requested, so that only one is in memory.
+
+def stream(
+    path: Path, feeds: Iterable[Batch], outputs: Sequence[str], reduce: Callable[..., Any] = all_values
+) -> Iterator[tuple[int, Any]]:
+    """Run each batch and yield its number of samples and its outputs, reduced.
+
+    A batch is released before the next is requested, so that only one is in memory. `Batches` run on their executor.
+
+    Args:
+        path: ONNX file.
+        feeds: the batches.
+        outputs: names of the outputs.
+        reduce: takes the outputs of a batch; its result is sent back from workers.
 
     Raises:
         QuantizeError: a batch lacks an input of the model or does not run through it, or ONNX Runtime is not installed.
     """
-    session = _session(path)
+    batches = feeds if isinstance(feeds, Batches) else Batches(InProcess(), lambda: feeds)
+    executor = batches.executor
+    files = executor.share_files(engine_files(path))
+    run = executor.share((path, tuple(outputs), reduce, executor.threads))
+    calls = ((run, files, group) for group in executor.divide(batches, batches.count))
+    return chain.from_iterable(executor.run(_streamed, calls))
+
+
+def beside(feeds: Iterable[Batch], batches: Iterable[Batch], count: int) -> Iterable[Batch]:
+    """Return further batches, at least `count`, that run where those of `feeds` do."""
+    return Batches(feeds.executor, lambda: batches, count) if isinstance(feeds, Batches) else batches
+
+
+def _streamed(
+    run: tuple[Path, tuple[str, ...], Callable[..., Any], int | None],
+    files: Mapping[Path, Path],
+    feeds: Iterable[Batch],
+) -> Iterator[tuple[int, Any]]:
+    """Open a file where it lies, and run the batches; see `stream`."""
+    path, outputs, reduce, threads = run
+    session = _session(files[path], threads)
     names = [value.name for value in session.get_inputs()]
     for batch in feeds:
         missing = [name for name in names if name not in batch]
@@ -50,7 +86,7 @@ def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterat
             shapes = {name: batch[name].shape for name in names}
             raise QuantizeError(f"The calibration batch {shapes} does not run through the model: {error}") from error
         del batch
-        yield size, values
+        yield size, reduce(values)
 
 
 def load_typed(path: Path, *, opset: int | None = None) -> ir.Model:
@@ -122,7 +158,7 @@ def absolute_maxima(
     return dict(zip(names, maxima.tolist(), strict=True))
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -131,4 +167,6 @@ def _session(path: Path) -> Any:
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: other output would break the progress display
+    if threads is not None:
+        options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -20,7 +20,7 @@ class NncfError(CompressorError):
     """NNCF cannot quantize a model."""
 
 
-def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]]) -> None:
+def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterable[Feeds]]) -> None:
     """Quantize a float ONNX file to int8 with NNCF's post-training quantization for transformers.
 
     All calibration batches are used, one sample at a time as NNCF expects.

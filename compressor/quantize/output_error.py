@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import helper
 
-from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
+from compressor.models.base import EvaluatedOutput
+from compressor.quality.heads.base import Head
+from compressor.quantize.intermediate_values import Batch, beside, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import (
     PREFIX,
     Activations,
@@ -27,9 +31,10 @@ from compressor.quantize.qdq_rewrite import (
     paired,
     replace_nodes,
 )
+from passes.analysis.redundancy import output_mask
 
 Array = npt.NDArray[Any]
-Feeds = Callable[[], Iterator[Batch]]
+Feeds = Callable[[], Iterable[Batch]]
 Outputs = Mapping[str, Array]
 
 SAMPLES = 16
@@ -65,6 +70,25 @@ SQUARED = Judge()
 
 
 @dataclass(frozen=True)
+class HeadDivergence:
+    """The mean divergence of outputs from others, by the head of a model.
+
+    Attributes:
+        output: the output that is evaluated.
+        head: how it is evaluated.
+    """
+
+    output: EvaluatedOutput
+    head: Head
+
+    def __call__(self, outputs: Mapping[str, Any], exact: Mapping[str, Any], feeds: Mapping[str, Any]) -> float:
+        """Return the divergence; `feeds` has the mask of the tokens."""
+        changed, original = (torch.from_numpy(np.asarray(self.output.of(each))) for each in (outputs, exact))
+        mask = output_mask(feeds) if original.ndim > 2 else None
+        return float(self.head.divergence(changed, original, None if mask is None else torch.from_numpy(mask)).mean())
+
+
+@dataclass(frozen=True)
 class OutputErrors:
     """Errors of a model on its output with one layer in int8 and all others in float.
 
@@ -96,11 +120,11 @@ def file_error(source: Path, file: Path, feeds: Feeds, judge: Judge) -> float | 
         QuantizeError: the samples do not fit the model.
     """
     names = _outputs(load(source), judge)
-    batch = _few(feeds)
+    batch = _few(feeds())
     if batch is None:
         return None
     exact, rounded = (next(stream(path, [batch], names))[1] for path in (source, file))
-    return _error(judge, names, rounded, exact, batch)
+    return _error(judge, names, exact, batch, rounded)
 
 
 def layer_errors(
@@ -114,7 +138,7 @@ def layer_errors(
 ) -> OutputErrors:
     """Measure the error of the output with each layer alone in int8.
 
-    One model holds every layer in both forms, and an input switches between them, so it is written and opened once.
+    One model holds every layer in both forms, and an input switches between them, so it is written once.
 
     Args:
         source: float ONNX file.
@@ -129,7 +153,8 @@ def layer_errors(
         QuantizeError: there is no calibration data, or it does not fit the model.
     """
     model = load(source)
-    batch, names = _few(feeds), _outputs(model, judge)
+    calibration, names = feeds(), _outputs(model, judge)
+    batch = _few(calibration)
     if batch is None:
         raise QuantizeError(
             "int8 exceeds the largest loss, and without calibration data the effect of its layers cannot be measured; "
@@ -147,11 +172,10 @@ def layer_errors(
     model.graph.input.append(helper.make_tensor_value_info(SWITCHES, onnx.TensorProto.BOOL, [len(linears)]))
     save_with_outputs(model, edit, names, work)
     order = [linear.output for _, linear in paired(load(source).graph, linears) if linear is not None]
-    switches = [np.zeros(len(linears), dtype=bool), *np.eye(len(linears), dtype=bool)]
-    results = stream(work, ({**batch, SWITCHES: switch} for switch in switches), names)
-    exact = next(results)[1]
-    errors = (_error(judge, names, values, exact, batch) for _, values in results)
-    return OutputErrors(dict(zip(order, errors, strict=True)))
+    exact = next(stream(work, [{**batch, SWITCHES: np.zeros(len(linears), dtype=bool)}], names))[1]
+    each = ({**batch, SWITCHES: switch} for switch in np.eye(len(linears), dtype=bool))
+    errors = stream(work, beside(calibration, each, len(linears)), names, partial(_error, judge, names, exact, batch))
+    return OutputErrors(dict(zip(order, (error for _, error in errors), strict=True)))
 
 
 def _add_both(
@@ -187,13 +211,13 @@ def _outputs(model: onnx.ModelProto, judge: Judge) -> list[str]:
     return [value.name for value in model.graph.output if value.type.tensor_type.elem_type in floats]
 
 
-def _few(feeds: Feeds) -> Batch | None:
+def _few(feeds: Iterable[Batch]) -> Batch | None:
     """Return the first `SAMPLES` calibration samples of the first batch; None if there is none."""
-    batch = next(feeds(), None)
+    batch = next(iter(feeds), None)
     return None if batch is None else {name: value[:SAMPLES] for name, value in batch.items()}
 
 
-def _error(judge: Judge, names: Sequence[str], values: Sequence[Array], exact: Sequence[Array], feeds: Batch) -> float:
+def _error(judge: Judge, names: Sequence[str], exact: Sequence[Array], feeds: Batch, values: Sequence[Array]) -> float:
     """Return the distance of outputs from those of the float model; infinity for NaN."""
     named, goals = (dict(zip(names, each, strict=True)) for each in (values, exact))
     error = judge.distance(named, goals, feeds)

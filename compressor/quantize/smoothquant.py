@@ -8,7 +8,7 @@ int8 become smaller. s_j = max|X_j|^a / max|W_j|^(1 - a), a = 0.5 (Xiao et al. 2
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class SmoothableNorm:
     linears: tuple[Linear, ...]
 
 
-def smooth(source: Path, destination: Path, feeds: Callable[[], Iterator[Batch]], work: Path) -> int:
+def smooth(source: Path, destination: Path, feeds: Callable[[], Iterable[Batch]], work: Path) -> int:
     """Write an equivalent float ONNX file with smoothed activations.
 
     Args:
@@ -100,7 +100,7 @@ def _parameters(node: onnx.NodeProto, stored: set[str]) -> tuple[str, ...]:
 
 
 def _channel_maxima(
-    source: Path, work: Path, norms: list[SmoothableNorm], feeds: Callable[[], Iterator[Batch]]
+    source: Path, work: Path, norms: list[SmoothableNorm], feeds: Callable[[], Iterable[Batch]]
 ) -> dict[str, Floats]:
     """Measure max|X_j| of the output of each norm per channel, over all samples."""
     model = load(source)

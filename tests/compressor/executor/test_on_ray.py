@@ -8,12 +8,13 @@ import signal
 import socket
 from importlib import util
 
+import numpy as np
 import pytest
 import torch
 
 from compressor.errors import SettingsError
 from compressor.executor.base import Batches, ExecutorError, InProcess
-from compressor.executor.on_ray import AHEAD, OnRay, Taken, _value, executor_for
+from compressor.executor.on_ray import AHEAD, BYTES, OnRay, Taken, _value, executor_for
 from compressor.executor.packed import SharedTensors, packed
 from compressor.executor.shared_files import bytes_of
 from compressor.measure.workload import Call
@@ -133,6 +134,9 @@ def test_values_that_arrive_one_by_one_are_divided_as_workers_ask_for_them(on_ra
     assert [len(list(part)) for part in InProcess().divide(stream(), 60)] == [60]
     sizes = [len(_value(part)) for part in on_ray.divide(range(3), 3)]
     assert sizes == [2, 1]  # each worker has something to do
+    large = [np.zeros(BYTES // 3, np.uint8)] * 4
+    assert [len(_value(part)) for part in on_ray.divide(large, 40)] == [2, 2]
+    assert [len(_value(part)) for part in on_ray.divide(large)] == [2, 2]
 
 
 def contents(places):

@@ -6,7 +6,9 @@ import math
 import os
 import shutil
 import signal
+import sys
 from importlib import util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def converted(builder, file, executor, folder):
     timer = EngineTimer({RUN: Call.alone(feeds)}, 1)
     copy = folder / file.name
     copy.write_bytes(file.read_bytes())
-    source, facts = PrecisionConverter(builder, timer, "typical", -1.0).convert(copy, "int8", lambda *_, **__: None)
+    source, facts = PrecisionConverter(builder, timer, "mse", -1.0).convert(copy, "int8", lambda *_, **__: None)
     return source.path, facts
 
 
@@ -125,7 +127,7 @@ def test_workers_that_nothing_ran_on_are_said(on_cluster):
 
 
 @needs_ray
-def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built):
+def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(on_cluster, built, monkeypatch):
     builder, file = built
     subject, options = builder.subject, BuildOptions(threads=1)
     module = Module(subject.model)
@@ -134,14 +136,22 @@ def test_a_torch_model_is_evaluated_on_workers_and_one_that_cannot_be_sent_here(
     def unsendable(options):
         return module.open(options)
 
-    kept = sent | {"torch": Opener(unsendable, options)}
+    def only_here(options):
+        return module.open(options)
+
+    only_here.__module__, only_here.__qualname__ = "of_this_process", "only_here"
+    monkeypatch.setitem(sys.modules, "of_this_process", SimpleNamespace(only_here=only_here))
     split, executor = subject.data.validation, on_cluster
     expected = evaluate_openers(sent, subject, split, "torch", lambda *_: None)
     assert same(expected, evaluate_openers(sent, subject, split, "torch", lambda *_: None, executor))
     assert not executor.said
-    assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
-    assert [sentence.partition(" (")[0] for sentence in executor.said] == [
-        "quality is measured in this process, because the model cannot be sent to workers"
+    for load in (unsendable, only_here):
+        kept = sent | {"torch": Opener(load, options)}
+        assert same(expected, evaluate_openers(kept, subject, split, "torch", lambda *_: None, executor))
+    sentence = "quality is measured in this process, because the model cannot be sent to workers"
+    assert executor.said == [
+        f"{sentence} (Can't pickle local object '{unsendable.__qualname__}').",
+        f"{sentence} (No module named 'of_this_process').",
     ]
 
 
@@ -217,10 +227,10 @@ def test_more_memory_than_machines_have_is_refused_and_for_some_workers_it_is_sa
     executor = OnRay(8)
     executor.ask(LIMIT)
     assert executor.said == [
-        f"the memory of 8 workers is 8 times {LIMIT / GIB:g} GiB, of which the cluster has {3 * LIMIT / GIB:g} GiB for "
-        "workers; 3 of them compute at the same time."
+        f"8 workers need 8 times {LIMIT / GIB:g} GiB, but the cluster has {2 * LIMIT / GIB:g} GiB for workers, so at "
+        "most 2 compute at the same time."
     ]
-    with pytest.raises(ExecutorError, match="a worker takes 1e\\+03 GiB, but no machine of the cluster has more"):
+    with pytest.raises(ExecutorError, match=r"a worker takes 1e\+03 GiB, but no machine .* a smaller --max-memory"):
         executor.ask(1000 * GIB)
 
 
