@@ -88,14 +88,15 @@ def _strided(values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any], o
 def _blocks(values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any]) -> torch.Tensor | None:
     """Return tokens as blocks [rows, blocks, tokens, width] of which strided windows consist; None for other strides.
 
-    The step from one window to the next is a block.
+    The step from one window to the next is a block. Windows that do not overlap are none: torch's own code asks for
+    strides of its tensors too, 0 among them.
     """
-    known = all(map(_is_number, (*stride[1:], *size[2:])))
+    known = all(map(_is_number, (*stride[1:], *size[2:]))) and all(stride[1:])
     if not known or values.ndim not in (3, 4) or not values.is_contiguous():
         return None
     width, long = values.shape[-1], size[2]
     step = stride[1] // stride[2]
-    if (*stride[1:], size[3]) != (step * width, width, 1, width) or long % step:
+    if (*stride[1:], size[3]) != (step * width, width, 1, width) or long % step or long == step:
         return None
     if values.ndim == 4:
         return None if values.shape[2] % step else torch.unflatten(values, 2, (-1, step)).flatten(1, 2)

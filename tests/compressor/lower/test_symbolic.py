@@ -89,6 +89,8 @@ def test_windows_of_tokens_are_slices():
         (tokens, (3, 4, 5, 6), (120, 18, 6, 1)),  # no whole number of steps
         (tokens.transpose(0, 1), (20, 3, 6), (6, 120, 1)),
         (tokens, (3, 20), (120, 6)),
+        (tokens, (3, 4, 5, 6), (120, 30, 6, 1)),
+        (torch.randn(3, 1, 6), (3, 2, 4, 6), (6, 0, 0, 1)),
     )
     for values, size, stride in cases:
         expected = values.as_strided(size, stride)
