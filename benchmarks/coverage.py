@@ -129,9 +129,11 @@ def _distinguish(module: Any) -> None:
     """Replace the weights of a random model that make the candidates of a top-k equal, which then have no order."""
     import torch
 
-    for weight in module.parameters():
+    for name, weight in module.named_parameters():
         if weight.ndim > 1 and not weight.any():  # AFMoE's router
             torch.nn.init.normal_(weight, std=0.02)
+        if name.endswith("quantizer.project_in.weight"):  # of states of 0.003, which are all rounded to one code
+            torch.nn.init.normal_(weight, std=100.0)
     for name, codes in module.named_buffers():
         if name.endswith("codebook.embed") and not codes.any():  # codecs take them from their training
             torch.nn.init.normal_(codes)

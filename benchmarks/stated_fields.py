@@ -13,6 +13,9 @@ SHARING = {  # of Gemma 3n and Gemma 4: a layer of each type keeps keys and valu
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 STATED: dict[str, dict[str, Any]] = {
+    "Xcodec2Config": {"quantization_dim": 64, "num_key_value_heads": 4},  # the widths of its two encoders together
+    "NeuCodecConfig": {"quantization_dim": 64, "num_key_value_heads": 4},
+    "OneFormerConfig": {"conv_dim": 32, "mask_dim": 32, "hidden_dim": 32},  # checkpoints have one width
     "Apertus1p5Config": {"image_token_offset": 20, "audio_token_offset": 60},
     "Apertus1p5VisionTokenizerConfig": {
         "codebook_size": 40, "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1,
@@ -71,7 +74,7 @@ STATED: dict[str, dict[str, Any]] = {
     },
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},  # its class views queries by them
     "NeoMMEConfig": {"head_dim": 16},
-    "AutoformerConfig": {"num_time_features": 2},
+    "AutoformerConfig": {"num_time_features": 2, "label_length": 4},
     "InformerConfig": {"num_time_features": 2},
     "TimeSeriesTransformerConfig": {"num_time_features": 2},
     "PerceiverConfig": {"num_self_attends_per_block": 2},

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from compressor.data.splits import Data
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
+from compressor.lower.symbolic.truths import FixedTruth
 from compressor.models import Model
 from compressor.models.base import most_tokens
 from passes.torch_internals import guards, holds
@@ -161,12 +162,15 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
     return feeds
 
 
-def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Iterator[Limitation]:
+def check_sizes(conditions: tuple[SizeGuard | FixedTruth, ...], model: Model, data: Data) -> Iterator[Limitation]:
     """Compare the sizes of all samples with the conditions, and yield a limitation for each of them.
+
+    Values of truth cannot be compared without a call for each sample; they are limitations alone.
 
     Raises:
         SizeError: a sample has a size for which the model was not traced.
     """
+    found = [each for each in conditions if isinstance(each, SizeGuard)]
     parts = data.parts if found else ()
     for batch in (batch for part in parts for batch in part.batches(1)):
         feeds = {name: torch.from_numpy(value) for name, value in batch.feeds.items()}
@@ -184,3 +188,10 @@ def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Itera
             "sizes of the inputs",
             f"forward branches on a size, so the engine computes what the model does only for {guard}",
         )
+    for truth in conditions:
+        if isinstance(truth, FixedTruth):
+            yield Limitation(
+                "values of the inputs",
+                f"forward branches on {truth} in all trial calls, and the engine computes what the model does only "
+                "then",
+            )

@@ -12,7 +12,8 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
-from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths
+from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths, symbolic_windows
+from compressor.lower.symbolic.truths import FixedTruth, constant_truths, truths_of
 from compressor.lower.symbolic.whole_numbers import holds_numbers, whole_numbers
 from compressor.lower.unsupported_operators import unsupported_operator
 from compressor.models.audio.inputs import SEQUENCE, unit_of
@@ -26,7 +27,9 @@ from passes.canonical.expand_einsum import EINSUM, ExpandEinsum
 from passes.canonical.join_slices import SCATTER, JoinSlices
 from passes.canonical.real_arithmetic import RealArithmetic, is_complex
 from passes.canonical.separate_batch import SeparateBatch, joins_batch
+from passes.canonical.slice_ends import EndsFromStart, ends_before_end
 from passes.execute.interpreter import run
+from passes.execute.offloaded_weights import is_offloaded
 from passes.graph.cached_functions import forget_results
 from passes.graph.graph import Graph
 from passes.rewrite.read_size import ReadSize
@@ -84,14 +87,14 @@ def trace(model: Model) -> Graph:
     return trace_with_guards(model)[0]
 
 
-def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
+def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard | FixedTruth, ...]]:
     """Trace a model with a dynamic batch (sequence, height, width) axis into a clean fx graph of ATen operators.
 
     A graph with dynamic height and width is compared with the model at `Model.sizes`. A model whose attention has
     blocks of tokens pads what is no multiple of them; it is traced where it does so, and then computes multiples too.
 
     Returns:
-        The graph, and the conditions on sizes under which it holds.
+        The graph, and the conditions on sizes and the values of truth under which it holds.
 
     Raises:
         SizeError: the model branches on the batch size.
@@ -99,19 +102,19 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
             another size, or has an operator that Compressor does not take (see `unsupported_operator`). The message
             names the line of code, if torch.export states it, and a remedy.
     """
-    graph, guards = _traced(model)
+    graph, guards, truths = _traced(model)
     guards = _restricting(graph, model, guards)
     blocks = [guard for guard in guards if guard.wants_multiples and _counts_tokens(model, guard)]
     if not blocks:
-        return graph, guards
+        return graph, (*guards, *truths)
     name, axis = blocks[0].sized
     longer = with_tokens(model, blocks[0], model.example[name].shape[axis] + 1)
     try:
-        padding, found = _traced(replace(model, example=longer))
+        padding, found, others = _traced(replace(model, example=longer))
     except CompressorError:  # it takes only multiples
-        return graph, guards
+        return graph, (*guards, *truths)
     found = _restricting(padding, model, found)
-    return (padding, found) if len(found) < len(guards) else (graph, guards)
+    return (padding, (*found, *others)) if len(found) < len(guards) else (graph, (*guards, *truths))
 
 
 def _restricting(graph: Graph, model: Model, guards: tuple[SizeGuard, ...]) -> tuple[SizeGuard, ...]:
@@ -155,10 +158,10 @@ def _error(value: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 
 
-def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
+def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...], tuple[FixedTruth, ...]]:
     """Trace a model with its example inputs."""
     try:
-        traced, program = _exported(model)
+        traced, program, truths = _exported(model)
     except Exception as error:
         raise _refusal(model, error) from error
     guards = size_guards(traced, model)
@@ -172,27 +175,34 @@ def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
         apply(RealArithmetic(), graph)
     if any(node.target is EINSUM for node in graph.nodes()):
         apply(ExpandEinsum(), graph)
+    if any(map(ends_before_end, graph.nodes())):
+        apply(EndsFromStart(), graph)
     if joins_batch(graph):
         apply(SeparateBatch(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
         apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:
         _check_size(graph, model, size)
-    return graph, guards
+    return graph, guards, truths
 
 
-def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
-    """Return the program of a model as torch.export traces it, and the same without operators that change tensors.
+def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram, tuple[FixedTruth, ...]]:
+    """Return the program of a model, the same without operators that change tensors, and the values of truth it fixes.
 
-    A model of one length that cannot be traced as it is, is traced with its whole numbers as numbers of Python.
+    A model of one length that cannot be traced as it is, is traced with its whole numbers as numbers of Python. One of
+    transformers that branches on a value of truth is traced with the one of all trial calls; who passes a module of
+    their own can change its forward.
     """
     try:
-        return _programs(model)
+        return (*_programs(model), ())
     except Exception:
         one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
         if one_length and holds_numbers(model.module):
             with contextlib.suppress(Exception), whole_numbers(model.module):  # the first error is the one to tell
-                return _programs(model)
+                return (*_programs(model), ())
+        if model.source == "transformers" and not any(map(is_offloaded, model.module.parameters())):
+            with contextlib.suppress(Exception), constant_truths(truths_of(model)) as truths:
+                return (*_programs(model), truths.fixed)
         raise
 
 
@@ -207,6 +217,7 @@ def _programs(model: Model) -> tuple[ExportedProgram, ExportedProgram]:
         as_operators(model.module),
         symbolic_lengths(model.module),
         symbolic_gathers(),
+        symbolic_windows(),
         without_stack_traces(),
     ):
         traced = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)

@@ -17,7 +17,7 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy
-from compressor.models.config_shapes import CLIPS, FRAMES, SOUND, numbers, sample_shapes
+from compressor.models.config_shapes import CLIPS, FRAMES, SAMPLES, SOUND, WIDTHS, numbers, sample_shapes
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import channels_of, configured_size
 from compressor.models.pretrained.loaded import Loaded
@@ -53,6 +53,7 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
     "future_time_features": "values",
     "past_values_padding": "zeros",
 }
+HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
 TRIALS = 32  # calls until a model is given up
 
@@ -237,6 +238,7 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
         yield Form((PAIR, channels, *size), "values")
     elif name in SOUND:
+        yield from (Form(shape, "values") for shape in _beside_waveforms(module, name))
         yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
         yield from (Form((1, *shape), "values") for shape, _ in sample_shapes(config, name) if len(shape) > 1)
     elif name == "bbox":
@@ -270,6 +272,14 @@ def _reads_sound(module: Any) -> bool:
     """Return whether a module takes sound and no text, so that a mask is one of frames."""
     taken = inspect.signature(module.forward).parameters
     return "input_ids" not in taken and any(name in taken for name in SOUND)
+
+
+def _beside_waveforms(module: Any, name: str) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of spectrograms with a frame for each code of a waveform, as X-Codec 2 reads both."""
+    if name == "input_values" or "input_values" not in inspect.signature(module.forward).parameters:
+        return
+    for hop in numbers(module.config, HOPS):
+        yield from ((SAMPLES // hop, width) for width in numbers(module.config, WIDTHS))
 
 
 def _joined(module: Any, widths: Sequence[int]) -> list[int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 from unittest import mock
 
 import torch
 
 from compressor.internals.transformers import with_names
+from passes.torch_internals import is_known
 
 MANY = 25  # rows from which torch.cdist multiplies matrices
 
@@ -36,6 +38,70 @@ def symbolic_gathers() -> Iterator[None]:
         mock.patch.object(torch, "cdist", _distances),
     ):
         yield
+
+
+@contextlib.contextmanager
+def symbolic_windows() -> Iterator[None]:
+    """Have torch.div of sizes give a size, and torch.Tensor.as_strided windows of tokens as slices.
+
+    The first makes a tensor, whose value torch.export does not know. Sliding attentions (Longformer) count their blocks
+    with it. The strides of the second are fixed by the example in ONNX.
+    """
+    with (
+        mock.patch.object(torch, "div", _divided(torch.div)),
+        mock.patch.object(torch.Tensor, "as_strided", _strided),
+    ):
+        yield
+
+
+def _divided(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.div that divides sizes as sizes; they are not negative, so both roundings are one."""
+
+    @wraps(own)
+    def divided(left: Any, right: Any, *, rounding_mode: str | None = None, **options: Any) -> Any:
+        sizes = isinstance(left, torch.SymInt) and isinstance(right, int)
+        if sizes and rounding_mode is not None:
+            return left // right
+        return own(left, right, rounding_mode=rounding_mode, **options)
+
+    return divided
+
+
+_as_strided = torch.Tensor.as_strided
+
+
+def _strided(values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any], offset: int | None = None) -> Any:
+    """Return what as_strided does, by slices if it makes windows [rows, windows, tokens, width] of tokens.
+
+    The tokens are [rows, tokens, width] or blocks of them, [rows, blocks, tokens, width].
+    """
+    blocks = _blocks(values, size, stride) if offset is None and len(size) == 4 else None
+    if blocks is None:
+        return _as_strided(values, size, stride, offset)
+    parts = size[2] // blocks.shape[2]
+    count = blocks.shape[1] - parts + 1
+    if not is_known(count == size[1]):
+        return _as_strided(values, size, stride, offset)
+    return torch.cat([blocks[:, first : count + first] for first in range(parts)], 2)
+
+
+def _blocks(values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any]) -> torch.Tensor | None:
+    """Return tokens as blocks [rows, blocks, tokens, width] of which strided windows consist; None for other strides.
+
+    The step from one window to the next is a block. Windows that do not overlap are none: torch's own code asks for
+    strides of its tensors too, 0 among them.
+    """
+    known = all(map(_is_number, (*stride[1:], *size[2:]))) and all(stride[1:])
+    if not known or values.ndim not in (3, 4) or not values.is_contiguous():
+        return None
+    width, long = values.shape[-1], size[2]
+    step = stride[1] // stride[2]
+    if (*stride[1:], size[3]) != (step * width, width, 1, width) or long % step or long == step:
+        return None
+    if values.ndim == 4:
+        return None if values.shape[2] % step else torch.unflatten(values, 2, (-1, step)).flatten(1, 2)
+    blocks = size[1] + long // step - 1
+    return torch.unflatten(values[:, : blocks * step], 1, (blocks, step))
 
 
 def _taken(values: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:

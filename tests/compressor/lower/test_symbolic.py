@@ -3,7 +3,7 @@
 import torch
 
 from compressor import models
-from compressor.lower.symbolic.sizes import symbolic_gathers
+from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_windows
 from compressor.lower.symbolic.whole_numbers import whole_numbers
 from compressor.lower.trace import trace
 from passes.execute.interpreter import run
@@ -77,3 +77,36 @@ def test_a_module_of_fixed_sizes_is_traced_with_its_numbers_if_it_cannot_be_othe
     graph = trace(model)
     clips = torch.randn(3, LENGTH)
     torch.testing.assert_close(run(graph, {model.inputs[0]: clips})[0], Padded()(clips))
+
+
+def test_windows_of_tokens_are_slices():
+    """Blocks overlap by a half (Longformer's keys), or are windows of padded tokens (its values); others stay."""
+    blocks, tokens = torch.randn(3, 5, 4, 6), torch.randn(3, 20, 6)
+    cases = (
+        (blocks, (3, 9, 4, 6), (120, 12, 6, 1)),
+        (tokens, (3, 8, 6, 6), (120, 12, 6, 1)),
+        (tokens, (3, 3, 6, 6), (120, 18, 6, 1)),  # windows that leave out tokens at the end
+        (tokens, (3, 4, 5, 6), (120, 18, 6, 1)),  # no whole number of steps
+        (tokens.transpose(0, 1), (20, 3, 6), (6, 120, 1)),
+        (tokens, (3, 20), (120, 6)),
+        (tokens, (3, 4, 5, 6), (120, 30, 6, 1)),
+        (torch.randn(3, 1, 6), (3, 2, 4, 6), (6, 0, 0, 1)),
+    )
+    for values, size, stride in cases:
+        expected = values.as_strided(size, stride)
+        with symbolic_windows():
+            found = values.as_strided(size, stride)
+        assert torch.equal(found, expected)
+
+
+def test_sizes_are_divided_as_sizes():
+    class Halves(torch.nn.Module):
+        def forward(self, values):
+            half = torch.div(values.shape[1], 2, rounding_mode="trunc")
+            return values[:, :half] + torch.div(values[:, :half], 2, rounding_mode="floor")
+
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    with symbolic_windows():
+        program = torch.export.export(Halves(), (torch.randn(2, 8),), dynamic_shapes=dynamic, strict=False)
+    values = torch.randn(3, 11)
+    torch.testing.assert_close(program.module()(values), Halves()(values))

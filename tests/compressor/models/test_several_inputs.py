@@ -183,6 +183,30 @@ def test_a_matcher_takes_pairs_of_images_and_gives_the_first_of_its_maps(tmp_pat
     torch.testing.assert_close(found, expected)
 
 
+def test_a_codec_takes_a_waveform_and_a_frame_of_a_spectrogram_for_each_code(tmp_path):
+    semantic = SMALL | {"feature_projection_input_dim": 20, "model_type": "wav2vec2-bert"}
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.Xcodec2Config(
+        **fields, num_key_value_heads=2, head_dim=16, encoder_hidden_size=8, downsampling_ratios=[4, 160],
+        semantic_model_config=semantic, quantization_dim=48, quantization_levels=[4, 4],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = transformers.Xcodec2Model(config).eval()
+    torch.nn.init.normal_(module.quantizer.project_in.weight, std=100.0)  # or all small states are rounded to one code
+    module.save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert {name: list(value.shape[1:]) for name, value in model.example.items()} == {
+        "input_values": [1, 16_000],
+        "input_features": [25, 20],
+    }
+    feeds = {name: torch.randn(3, *value.shape[1:]) for name, value in model.example.items()}
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    (found,) = session.run(["audio_values"], {name: value.numpy() for name, value in feeds.items()})
+    with torch.inference_mode():
+        expected = module(**feeds).audio_values.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())  # an inverse transform
+
+
 def test_rows_of_one_length(tmp_path):
     name, config, fields = CASES["boxes beside words"]
     folder = save_model(tmp_path, name, config, **fields)
