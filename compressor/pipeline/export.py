@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +65,7 @@ from compressor.search.stored_prices import check_prices, price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
+from compressor.target.side_by_side import TOGETHER
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
 from compressor.workspace.json_files import utf8
@@ -75,10 +78,12 @@ from compressor.workspace.output_folder import (
 )
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
+from passes.execute.mapped_weights import map_weights, weight_bytes
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
 from passes.graph.edit import with_weights
 from passes.graph.graph import Graph
 from passes.image_tokens.image_tokens import stage_of_state
+from runtimes.base.freed_memory import return_freed_memory
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -200,6 +205,7 @@ def _compressed(
         disable_use_cache(folder)
 
     engines = engines_of(variants)
+    _make_room((subject.graph, rewritten.choice.graph, rewritten.graph, rewritten.folded), subject, builder.scratch)
     quality = quality_on_test(builder, engines, shipped.reference, steps)
     parts = timer.latencies(builder, engines, steps)
     latency = timer.totals(parts)
@@ -249,6 +255,19 @@ def _compressed(
         ),
     )
     return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten))
+
+
+def _make_room(graphs: Sequence[Graph], subject: TracedModel, scratch: Path) -> None:
+    """Take the weights of a large model out of memory before its engines are measured, which hold their own.
+
+    They stay where they are if the disk has no room for them, if files in use cannot be removed (Windows), or if the
+    module is the user's, who may keep it.
+    """
+    modules = (subject.model.module, *(graph.module for graph in graphs))
+    if weight_bytes(modules) > TOGETHER and os.name == "posix" and subject.model.source != "module":
+        with contextlib.suppress(OSError):
+            map_weights(modules, scratch)
+        return_freed_memory()
 
 
 def _decided(

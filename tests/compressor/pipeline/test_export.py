@@ -42,6 +42,7 @@ from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx, write_manifest
 from passes.analysis.counted_cost import Costs
 from passes.base import PassError, apply
+from passes.execute import mapped_weights
 from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
@@ -70,6 +71,36 @@ class Residual(torch.nn.Module):
 def vectors(tmp_path: Path) -> str:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32))
     return str(tmp_path / "x.npy")
+
+
+def test_the_weights_of_a_large_model_leave_the_memory_before_its_engines_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a module of the user stay. The report and the files are the same."""
+    moved, mapped = [], export.map_weights
+
+    def recorded(modules: Any, folder: Path) -> None:
+        moved.append(export.weight_bytes(modules))
+        mapped(modules, folder)
+
+    monkeypatch.setattr(export, "map_weights", recorded)
+    monkeypatch.setattr(mapped_weights, "LARGE", 1)
+    reports = []
+    for limit in (2**31, 0):
+        monkeypatch.setattr(export, "TOGETHER", limit)
+        out = tmp_path / str(limit)
+        reports.append(compressor.export(drop="attention:1", rounds=2, output=out).to_dict())
+        assert bool(moved) == (limit == 0)
+    assert moved[0] >= reports[0]["sizes"]["baseline"]["parameters"] * 4
+    for key in ("quality", "sizes", "exact", "parity"):
+        assert reports[0][key] == reports[1][key]
+    first, second = ((tmp_path / name / "model.onnx").read_bytes() for name in ("2147483648", "0"))
+    assert first == second
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32))
+    example = torch.zeros(2, 8)
+    settings = {"drop": "none", "rounds": 2, "data": tmp_path / "x.npy", "example_inputs": example}
+    compressor.export(Residual(), output=tmp_path / "module", **settings)
+    assert len(moved) == 1
 
 
 def pictures(folder: Path, *, classes: int, each: int, corrupt: int = 0) -> Path:
