@@ -185,10 +185,14 @@ class OnRay:
         return handle  # type: ignore[no-any-return]
 
     def share_files(self, paths: Iterable[Path]) -> Mapping[Path, Path]:
-        """Put the files into the object store, unless all workers are on this machine."""
+        """Put the files into the object store, unless all workers are on this machine.
+
+        Calls are taken to hold as many bytes as the files have.
+        """
         import ray
 
         files = {path: path.absolute() for path in paths}  # workers have another working directory
+        self._need(MEMORY + sum(path.stat().st_size for path in files.values()))
         contents = None if self.alone else ray.put([bytes_of(path) for path in files])
         handle: Any = SharedFiles(files, _machine(), contents)
         return handle  # type: ignore[no-any-return]
@@ -281,10 +285,14 @@ class OnRay:
         """
         if memory.peak is not None:
             self.peak = max(memory.peak, self.peak or 0)
-        if memory.own is None or memory.own * self.spare <= self.memory:
-            return
-        self.memory = math.ceil(memory.own * self.spare / STEP) * STEP
-        self._check_memory()
+        if memory.own is not None:
+            self._need(memory.own * self.spare)
+
+    def _need(self, memory: float) -> None:
+        """Ask for at least so much memory from now on."""
+        if memory > self.memory:
+            self.memory = math.ceil(memory / STEP) * STEP
+            self._check_memory()
 
     def _check_memory(self) -> list[float]:
         """Return the bytes that each machine with cores has for workers; raise if that is too little for one."""

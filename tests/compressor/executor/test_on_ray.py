@@ -159,6 +159,11 @@ def test_files_are_read_in_place_or_from_copies(on_ray, tmp_path):
         assert len({place.parent for place in places.values()}) == 2
         assert not {*places.values()} & {*paths}
     assert not any(place.exists() for place in places.values())
+    executor = OnRay(2, alone=True)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**30 + 1)
+    executor.share_files([tmp_path / "large"])
+    assert executor.memory > 2 * 2**30  # an engine takes as much as its file
 
 
 @needs_ray
