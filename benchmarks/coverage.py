@@ -422,6 +422,12 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             feeds[name] = np.pad(mask[:, -min(length, frames) :], ((0, 0), (max(0, frames - length), 0)), mode="edge")
         elif name == "position_ids":
             feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
+        elif name == "flattened_patches":  # with row and column before the values, in rows of four
+            count = np.arange(length)
+            places = np.stack([count // 4 + 1, count % 4 + 1], -1)
+            values = rng.standard_normal([ROWS, length, sizes[2] - 2])
+            patches = np.concatenate([np.broadcast_to(places, (ROWS, length, 2)), values], -1)
+            feeds[name] = (patches * mask[..., None]).astype(np.float32)
         elif name == "token_type_ids":
             feeds[name] = np.zeros((ROWS, length), np.int64)
         elif name == "decoder_input_ids":

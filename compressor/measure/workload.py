@@ -26,7 +26,7 @@ from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
-from runtimes.base.vision_language import FEATURES, LAYOUTS, POSITIONS, is_image
+from runtimes.base.vision_language import FEATURES, FLATTENED, LAYOUTS, POSITIONS, is_image
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
@@ -49,7 +49,8 @@ class GenerationLengths:
     Attributes:
         prompt: tokens of the prompt, or length of the source of an encoder-decoder.
         new: tokens that are generated; 0 times the prefill alone.
-        source: unit of the length of a source: ``tokens``, ``frames``, ``samples`` or ``pixels``; None for a prompt.
+        source: unit of the length of a source: ``tokens``, ``frames``, ``samples``, ``patches`` or ``pixels``; None for
+            a prompt.
         images: image tokens among those of the prompt.
     """
 
@@ -142,20 +143,20 @@ def _of_source(settings: Settings, model: Model) -> GenerationLengths:
     """
     decoder, first = model.preprocess.decoder, model.inputs[0]
     assert decoder is not None
-    units = {"input_ids": "tokens", "pixel_values": "pixels", "input_values": "samples"}
-    unit = units.get(first, "frames")
-    length = SOURCE if unit == "tokens" else model.example[first].shape[-1]
+    units = {"input_ids": "tokens", "pixel_values": "pixels", "input_values": "samples", FLATTENED: "patches"}
+    unit, texts = units.get(first, "frames"), model.preprocess.kind == "text"
+    length = SOURCE if texts else model.example[first].shape[1 if unit in ("tokens", "patches") else -1]
     longest = model.preprocess.longest
     if settings.generated is None:
-        most = length if longest is None or unit != "tokens" else min(longest, length)
+        most = length if longest is None or not texts else min(longest, length)
         return GenerationLengths(most, max(1, min(USUAL_TARGET, decoder.longest // 2)), unit)
     source, new = settings.generated
-    if unit != "tokens" and source != length:
+    if not texts and source != length:
         raise SettingsError(
             f"--generate {source}:{new} gives a source of {source}, but {model.name} is timed on {length} {unit} of "
             f"its data; give {length}:{new}."
         )
-    if (unit == "tokens" and longest is not None and source > longest) or new > decoder.longest:
+    if (texts and longest is not None and source > longest) or new > decoder.longest:
         raise SettingsError(
             f"--generate {source}:{new} does not fit {model.name}, which takes sources of {longest} and targets of "
             f"{decoder.longest} tokens; give fewer tokens."
@@ -172,7 +173,7 @@ def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths)
     assert decoder is not None
     assert model.preprocess.complete is not None
     source: dict[str, npt.NDArray[Any]]
-    if lengths.source == "tokens":
+    if model.preprocess.kind == "text":
         ids = token_ids(subject.data.test, batch, lengths.prompt)
         source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     else:

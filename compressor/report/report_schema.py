@@ -407,7 +407,7 @@ class Generation(TypedDict):  # noqa: D101
     prompt: Count
     new: Count
     behind: Count
-    source: NotRequired[Literal["tokens", "frames", "samples", "pixels"] | None]
+    source: NotRequired[Literal["tokens", "frames", "samples", "patches", "pixels"] | None]
     images: NotRequired[Count]
     calls: dict[Variant, Calls]
 

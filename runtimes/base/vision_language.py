@@ -26,6 +26,7 @@ from runtimes.base.protocols import DTypes, Engine, Feeds, RuntimesError, Shapes
 
 VISION, EMBED, DECODER = STEMS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+FLATTENED = "flattened_patches"  # row and column of each patch before its values, from 1; 0 for padding
 PIXELS = "pixel_values"
 # Frames, height and width of each image in patches; Qwen2-VL's own files have the shorter name in transformers.js.
 GRID, SHORT_GRID = "image_grid_thw", "grid_thw"

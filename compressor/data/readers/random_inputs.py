@@ -8,7 +8,7 @@ import numpy as np
 
 from compressor.data.readers.base import Array, Feeds, Samples
 from compressor.models.preprocess import Preprocess
-from runtimes.base.vision_language import LAYOUTS
+from runtimes.base.vision_language import FLATTENED, LAYOUTS
 
 ROWS = 256
 
@@ -52,4 +52,11 @@ def _values(generator: np.random.Generator, name: str, example: Array, index: in
     if example.dtype.kind in "iu":
         integers = generator.integers(0, int(example.max()) + 1, size=example.shape[1:], dtype=np.int64)
         return np.asarray(integers, dtype=example.dtype)
-    return np.asarray(generator.standard_normal(example.shape[1:], dtype=np.float32), dtype=example.dtype)
+    values = np.asarray(generator.standard_normal(example.shape[1:], dtype=np.float32), dtype=example.dtype)
+    return _placed(values, example[index % len(example)]) if name == FLATTENED else values
+
+
+def _placed(values: Array, patches: Array) -> Array:
+    """Return values of patches with the places of others, the first two numbers of each; 0 for padding."""
+    places = patches[:, :2]
+    return np.concatenate([places, values[:, 2:] * places.any(-1, keepdims=True)], -1)

@@ -16,6 +16,7 @@ from compressor.models.audio.inputs import find_inputs, sound_input
 from compressor.models.base import Model, ModelError, as_numpy
 from compressor.models.config_shapes import Call
 from compressor.models.encoder_decoder.decoder_side import language_limitations
+from compressor.models.encoder_decoder.image_sources import image_token, other_image_source
 from compressor.models.encoder_decoder.parts import (
     IMAGE,
     SPEECH,
@@ -118,12 +119,23 @@ def _images(loaded: Loaded, tokenizer: Any) -> _Reader:
             f"--image-size dynamic is for models of images alone; {location} also writes texts: give numbers, or leave "
             "--image-size out."
         )
+    if (source := other_image_source(module)) is not None:
+        return _arrays(source, image_token(module))
     call = partial(_with_targets, target_tokens(module))((INPUT,))
     processor = image_processor(location, loaded.options)
     chosen = sized(module, call, processor, loaded.image_size, location)
     source = Source(chosen.sizing.prepared(channels_of(module)), chosen.sizing.axes)
     preprocess = image_preprocess(module, chosen.processor, chosen.sizing)
     return _Reader(source, preprocess, chosen.processor, tuple(image_limitations(module, chosen)))
+
+
+def _arrays(source: Source, token: int | None) -> _Reader:
+    """Return the reader of what is prepared already; `token` stands for a feature of an image in texts."""
+    names = tuple(source.example)
+    varying = {name: tuple(axis for axis in axes if axis) for name, axes in source.axes.items()}
+    preprocess = Preprocess(names, "tensor", as_numpy(source.example), varying=varying, image_token=token)
+    reason = f"the data must be arrays by the names of the inputs: {', '.join(names)}"
+    return _Reader(source, preprocess, None, (Limitation("preprocessing", reason),))
 
 
 def _with_targets(targets: torch.Tensor, inputs: tuple[str, ...]) -> Call:
