@@ -34,7 +34,7 @@ def image_token(module: Any) -> int | None:
 
 
 def _patches(module: Any) -> Source:
-    """Return patches with their places (Pix2Struct), [rows, patches, 2 + values]; those of the second end in padding."""
+    """Return patches with their places (Pix2Struct), [rows, patches, 2 + values]; the second row ends in padding."""
     values = module.config.vision_config.patch_embed_hidden_size
     number = torch.arange(SOURCE_TOKENS)
     places = torch.stack([number // COLUMNS + 1, number % COLUMNS + 1], -1).float()
@@ -47,7 +47,7 @@ def _patches(module: Any) -> Source:
 
 
 def _pixels_and_text(module: Any, token: int) -> Source:
-    """Return images of the size in the config and texts that begin with a token for each of their features (Florence-2)."""
+    """Return images of the size in the config, and texts that begin with a token for each feature (Florence-2)."""
     pixels = torch.randn(2, channels_of(module), *configured_size(module), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         features = module.get_image_features(pixels, return_dict=True).pooler_output

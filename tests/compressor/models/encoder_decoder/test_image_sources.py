@@ -18,8 +18,8 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import Model
 from passes.execute.interpreter import run
-from runtimes.base.encoder_decoder import greedy, opened, parts_of
-from runtimes.base.protocols import BuildOptions, Engine
+from runtimes.base.encoder_decoder import EncoderDecoderEngine, greedy
+from runtimes.base.protocols import BuildOptions
 from runtimes.onnxruntime.target import load
 from tests.encoder_decoders import generated
 
@@ -82,14 +82,9 @@ def test_pix2struct_generates_what_transformers_does(count: int, tmp_path: Path)
     assert model.preprocess.inputs == ("flattened_patches", "attention_mask", "decoder_input_ids")
     assert any("arrays by the names of the inputs: flattened_patches" in each.reason for each in model.limitations)
     path = cut(lower(fold_graph(trace(model)), model, tmp_path / "whole.onnx"), tmp_path)
-    parts = parts_of(path)
-    assert parts is not None
-
-    def opening(part: Path) -> Engine:
-        return load(part, BuildOptions())
-
     feeds = patches(3, count)
-    with opened(parts, opening) as engine:
+    with load(path, BuildOptions()) as engine:
+        assert isinstance(engine, EncoderDecoderEngine)
         found = greedy(engine, feeds, np.zeros((3, 1), np.int64), NEW)
     np.testing.assert_array_equal(found, generated(model.module, feeds, NEW))
 
