@@ -248,13 +248,14 @@ def test_images_of_any_size_are_refused(shared):
 
 
 def test_an_encoder_that_reads_more_than_pixels_is_refused(tmp_path):
+    """UDOP reads an image with the words in it and their boxes."""
     with quiet():
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "d_ff": 16, "d_kv": 8}
-        text = sizes | {"num_layers": 1, "num_heads": 2, "vocab_size": 30}
-        config = transformers.Pix2StructConfig(text_config=text, vision_config=sizes | {"patch_embed_hidden_size": 16})
-        config.decoder_start_token_id = 0
-        transformers.Pix2StructForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match="flattened_patches"):
+        config = transformers.UdopConfig(
+            vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2, image_size=32,
+            patch_size=16, decoder_start_token_id=0,
+        )  # fmt: skip
+        transformers.UdopForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match=r"told apart by their caches: a call with pixel_values .* fails"):
         models.load(str(tmp_path / "m"))
 
 
