@@ -125,8 +125,8 @@ class EngineBuilder:
     def quality_openers(self, engines: Mapping[str, Path]) -> dict[str, Opener]:
         """Return a function for each engine that opens it to measure its outputs, in the arithmetic of the target.
 
-        These engines are open at the same time, so their waiting threads do not spin, which would take the cores from
-        the others.
+        These engines may be open at the same time, so their waiting threads do not spin, which would take the cores
+        from the others.
         """
         options = dataclasses.replace(self.options, spinning=False)
         return {name: Opener(partial(load_for_quality, self.target), options, path) for name, path in engines.items()}
