@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import logging
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -648,6 +650,21 @@ def test_rules_are_matched_at_nodes_of_their_operator_only(monkeypatch):
     assert looked_at
     assert all(matcher.pattern.output_nodes[0].op.matches(node.op_type) for matcher, node in looked_at)
     assert len(looked_at) < len(rules)
+
+
+def test_a_written_file_leaves_no_graph_with_its_weights_in_memory(tmp_path, monkeypatch):
+    """The default rules of onnxscript live as long as the process, and keep the graph that they matched last."""
+    model, graph, _ = traced("vit_swiglu")
+    written, check = [], write_onnx._check_dynamic_axes
+    monkeypatch.setattr(
+        write_onnx,
+        "_check_dynamic_axes",
+        lambda found, *args: (written.append(weakref.ref(found.graph)), check(found, *args)),
+    )
+    write_onnx.lower(graph, model, tmp_path / "model.onnx")
+    gc.collect()
+    (kept,) = written
+    assert kept() is None
 
 
 def test_the_registry_is_built_once_and_additions_stay_in_their_copy():

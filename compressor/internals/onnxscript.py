@@ -33,7 +33,11 @@ def grouped_attention(*arguments: Any) -> Any:
 
 
 class _ByOperator(PatternMatcher):
-    """A matcher that looks at the operator of a node first, which decides most matches."""
+    """A matcher that looks at the operator of a node first, which decides most matches.
+
+    A matcher of onnxscript keeps the graph of its last match, with its weights. Those of the default rules live as long
+    as the process, so each match is done by a copy.
+    """
 
     def __init__(self, matcher: Any) -> None:
         super().__init__(matcher.pattern)
@@ -44,7 +48,7 @@ class _ByOperator(PatternMatcher):
         """Match the pattern against the nodes that end at `node`."""
         if not self.operator.matches(node.op_type):
             return MatchResult().fail("another operator")
-        found: MatchResult = self.matcher.match(model, graph_or_function, node, **options)
+        found: MatchResult = copy.copy(self.matcher).match(model, graph_or_function, node, **options)
         return found
 
 
