@@ -212,7 +212,7 @@ def by_the_pruned_graph(model, folder, feeds):
     import torch
 
     from compressor.lower.trace import trace
-    from compressor.search.plan_file import read_plan
+    from compressor.workspace.plan_file import read_plan
     from passes.base import apply
     from passes.execute.interpreter import run
     from passes.graph.sites import find_sites

@@ -29,7 +29,6 @@ from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
 from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
-from compressor.search.plan_file import PlanFields
 from compressor.workspace.add_files import add_files, staging_folder
 from compressor.workspace.environment import environment
 from compressor.workspace.manifest import MANIFEST, digest_of, read_manifest
@@ -38,6 +37,7 @@ from compressor.workspace.output_folder import (
     write_merged_manifest,
 )
 from compressor.workspace.output_lock import output_lock
+from compressor.workspace.plan_file import PlanFields
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, runtime

@@ -18,9 +18,9 @@ from compressor.errors import CompressorError
 from compressor.quality.intervals import Array
 from compressor.report.report import REPORT
 from compressor.report.report_schema import read_deferred_report
-from compressor.search.plan_file import PLAN, PlanFields, read_plan_fields
 from compressor.workspace.json_files import OBJECT, read_json
 from compressor.workspace.manifest import check_folder, listed_file
+from compressor.workspace.plan_file import PLAN, PlanFields, read_plan_fields
 
 Json = dict[str, Any]
 ROUNDING = 1e-9  # of a tolerance that is computed again

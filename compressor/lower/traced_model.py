@@ -39,6 +39,7 @@ from compressor.quality.heads.registry import head_for
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.settings import Settings
+from compressor.workspace.plan_file import check_drop, given_plan
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
@@ -148,7 +149,9 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     Raises:
         CompressorError: the model or the data cannot be loaded, they do not fit together, the model cannot be traced,
             it has no sites, its outputs are random, or its traced graph computes something else.
+        PassError: `settings.drop` does not fit the sites.
     """
+    given_plan(settings.drop)  # a file that cannot be read is refused before the model is loaded
     with steps.step("load the model"):
         model = _load_model(settings)
     if settings.merge_decoder and not model.is_encoder_decoder:
@@ -185,6 +188,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
                 f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop; pass --drop none to "
                 "export it as it is."
             )
+        check_drop(settings.drop, sites)
         if stages is not None:
             without_image_tokens(graph, model, settings)  # asked first: a search takes long
             model = with_state(model, [depth for depth, _ in stages.stages])

@@ -58,8 +58,7 @@ from compressor.report.report import REPORT, Quality, Report, Size, latency_to_d
 from compressor.search import depth_order, without_merges
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
-from compressor.search.plan_file import of_earlier_rule, of_replay
-from compressor.search.planner import Choice, choose_plan
+from compressor.search.planner import Choice, choose_plan, merge_schedule
 from compressor.search.site_evidence import of_zeros, tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
 from compressor.settings import Settings
@@ -76,6 +75,7 @@ from compressor.workspace.output_folder import (
     output_folder,
     scratch_folder,
 )
+from compressor.workspace.plan_file import of_earlier_rule, of_replay
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from passes.execute.mapped_weights import map_weights, weight_bytes
@@ -177,6 +177,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             report, subject = export_offloaded.compressed(settings, folder, steps, command, executor)
         else:
             subject = load(settings, steps, decision=share_of(settings), executor=executor)
+            merge_schedule(settings.tokens, subject.sites)  # refused before anything is measured
             subject = check_original(subject, steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)

@@ -40,12 +40,12 @@ from compressor.quality.torch_reference import channel_axes
 from compressor.quantize.precision import Source
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
-from compressor.search.plan_file import of_replay
 from compressor.search.planner import Choice, apply_fixed_plan
 from compressor.search.site_evidence import of_zeros
 from compressor.settings import Settings
 from compressor.target.sectioned import Sectioned, parts_of, run
 from compressor.workspace.environment import environment
+from compressor.workspace.plan_file import of_replay
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.execute.interpreter import Program

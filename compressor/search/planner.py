@@ -30,15 +30,14 @@ from compressor.search import cost_model
 from compressor.search.cost_model import Clock, CostModel
 from compressor.search.greedy import Search
 from compressor.search.pareto import Point, efficient
-from compressor.search.plan_file import read_plan
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.search.stored_prices import stored_timings
 from compressor.settings import Settings, text
 from compressor.workspace.journal import Journal
 from compressor.workspace.output_lock import JOURNAL, hidden_path
+from compressor.workspace.plan_file import given_plan
 from compressor.workspace.progress import Steps, Tick
-from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
 from passes.analysis.symbolic_cost import check_known_sizes
 from passes.base import PassError, apply
@@ -172,8 +171,9 @@ def _fixed_plan(
     """Return the plan of ``--drop none``, a file, names or a ranking, with its facts and evidence."""
     if settings.drop == "none":
         return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}, {}
-    if settings.drop.endswith(".json"):
-        return replace(_replay(Path(settings.drop), subject.sites), model=subject.model.name), {}, {}
+    if (given := given_plan(settings.drop)) is not None:
+        given.check(subject.sites)
+        return replace(given, model=subject.model.name), {}, {}
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
     scores = score(subject, steps, bounds) if metric in SCORED else None
@@ -629,14 +629,3 @@ def _check_dropping(plan: Plan) -> None:
                 f"the plan has {action} at {name}, which is fitted or measured on the whole model; give a plan that "
                 "only drops, or leave out --max-memory."
             )
-
-
-def _replay(path: Path, sites: Sequence[Site]) -> Plan:
-    if (fault := first_special([path])) is not None:
-        raise ChoiceError(f"the plan file {fault}; expected a plan.json that Compressor wrote.")
-    try:
-        plan = read_plan(path)
-    except FileNotFoundError as error:
-        raise ChoiceError(f"the plan file {path} cannot be read ({error.strerror}); check the path.") from error
-    plan.check(sites)
-    return plan

@@ -23,8 +23,8 @@ from compressor.commands import SweepSettings
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.pipeline import sweep
-from compressor.search.plan_file import read_plan
 from compressor.settings import API_ONLY, Settings
+from compressor.workspace.plan_file import read_plan
 from passes.plan.selection import METRICS
 from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave

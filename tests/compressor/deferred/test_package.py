@@ -33,12 +33,12 @@ from compressor.quality.parity import TOLERANCE, ParityError, Reference
 from compressor.quantize.precision import Source
 from compressor.report.engine_text import describe_measurements
 from compressor.report.pages.export_page import html, previews_in
-from compressor.search.plan_file import read_plan_fields
 from compressor.settings import Settings
 from compressor.target.saturation import int8_saturates
 from compressor.workspace import environment
 from compressor.workspace.output_folder import write_manifest
 from compressor.workspace.output_lock import output_lock
+from compressor.workspace.plan_file import read_plan_fields
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from runtimes import openvino

@@ -20,7 +20,7 @@ from compressor.models import ModelError, load
 from compressor.models.preprocess import Preprocess
 from compressor.models.weights import config_checks
 from compressor.models.weights.config_checks import check_counts, check_parameters
-from compressor.search.planner import ChoiceError, _replay
+from compressor.workspace.plan_file import PlanFileError, given_plan
 from compressor.workspace.special_files import special_kind
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -185,10 +185,11 @@ def test_a_fifo_is_not_opened(tmp_path, name):
         read(str(tmp_path / name), preprocess(), task="image-classification", seed=0, revision=None)
     with pytest.raises(DataError, match="/dev/zero is a device, not a file"):
         read("/dev/zero", preprocess(), task="image-classification", seed=0, revision=None)
-    with pytest.raises(ChoiceError, match=f"plan file .*{name} is a FIFO, not a file; expected a plan.json"):
-        _replay(tmp_path / name, [])
     with pytest.raises(ModelError, match=f"{name} is a FIFO, not a file; expected a timm name"):
         load(tmp_path / name)
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(PlanFileError, match=r"plan file .*plan\.json is a FIFO, not a file; expected a plan\.json"):
+        given_plan(str(tmp_path / "plan.json"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"])

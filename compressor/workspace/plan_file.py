@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,15 +10,22 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from compressor.choices import AUTO
+from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import read_json
+from compressor.workspace.special_files import first_special
 
 if TYPE_CHECKING:
+    from passes.graph.graph import Site
     from passes.plan.plan import Plan
 
 PLAN = "plan.json"
 KEYS_ALONE = 2  # the last version of plans whose tokens were merged by their keys alone
 REMEDY = "this is not a plan.json that Compressor wrote"
+
+
+class PlanFileError(CompressorError):
+    """The file of ``--drop`` cannot be read."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -66,6 +73,41 @@ def read_plan(path: Path) -> Plan:
     from passes.plan.plan import Plan
 
     return Plan.from_dict(cast("dict[str, Any]", read_plan_fields(path)))
+
+
+def given_plan(drop: str) -> Plan | None:
+    """Return the plan of the file that is the value of ``--drop``; None if it is another value.
+
+    Raises:
+        PlanFileError: there is no such file, or it is not a regular file.
+        JsonFileError, PassError: it is no plan.json, or one of another version.
+    """
+    if not drop.endswith(".json"):
+        return None
+    if (fault := first_special([Path(drop)])) is not None:
+        raise PlanFileError(f"the plan file {fault}; expected a plan.json that Compressor wrote.")
+    try:
+        return read_plan(Path(drop))
+    except FileNotFoundError as error:
+        raise PlanFileError(f"the plan file {drop} cannot be read ({error.strerror}); check the path.") from error
+
+
+def check_drop(drop: str, sites: Sequence[Site]) -> None:
+    """Check that the value of ``--drop`` fits the sites of a model, before anything is measured.
+
+    Raises:
+        PlanFileError, JsonFileError: the plan file cannot be read.
+        PassError: the plan was made for other sites, a name is unknown, or more units are to go than there are.
+    """
+    from passes.plan.selection import choose, parse
+
+    if drop in ("none", AUTO):
+        return
+    plan = given_plan(drop)
+    if plan is None:
+        choose(parse(drop), sites, "reverse", model="")
+    else:
+        plan.check(sites)
 
 
 def of_earlier_rule(drop: str) -> Iterator[Limitation]:
