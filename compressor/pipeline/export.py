@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import shutil
@@ -268,6 +269,7 @@ def _make_room(graphs: Sequence[Graph], subject: TracedModel, scratch: Path) -> 
     if weight_bytes(modules) > TOGETHER and os.name == "posix" and subject.model.source != "module":
         with contextlib.suppress(OSError):
             map_weights(modules, scratch)
+        gc.collect()  # the translated graphs, whose tensors are on the memory of the weights, refer to each other
         return_freed_memory()
 
 

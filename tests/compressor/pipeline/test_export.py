@@ -1,6 +1,7 @@
 """Exports and sweeps of small models: folder, report, and errors, after which no files remain."""
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -101,6 +102,33 @@ def test_the_weights_of_a_large_model_leave_the_memory_before_its_engines_are_me
     settings = {"drop": "none", "rounds": 2, "data": tmp_path / "x.npy", "example_inputs": example}
     compressor.export(Residual(), output=tmp_path / "module", **settings)
     assert len(moved) == 1
+
+
+def test_no_other_tensor_holds_the_memory_of_weights_that_were_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector runs only where it is called: what lowering leaves in cycles is on the memory of the weights."""
+    left, mapped, places = [], export.map_weights, set[int]()
+
+    def recorded(modules: Any, folder: Path) -> None:
+        places.update(storage.data_ptr() for storage, _ in mapped_weights._storages(modules))
+        mapped(modules, folder)
+
+    def returned() -> None:
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.device.type == "cpu"]
+        left.extend(each.shape for each in tensors if each.untyped_storage().data_ptr() in places)
+
+    monkeypatch.setattr(export, "map_weights", recorded)
+    monkeypatch.setattr(export, "return_freed_memory", returned)
+    monkeypatch.setattr(mapped_weights, "LARGE", 2**16)
+    monkeypatch.setattr(export, "TOGETHER", 0)
+    gc.disable()
+    try:
+        compressor.export(drop="attention:1", rounds=2, output=tmp_path / "out")
+    finally:
+        gc.enable()
+    assert places
+    assert not left
 
 
 def pictures(folder: Path, *, classes: int, each: int, corrupt: int = 0) -> Path:
