@@ -254,6 +254,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         columns=_columns(timed, content["generation"]["images"]),
         queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),
+        **_rules(folder),
     )
     remarks = [
         "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "

@@ -1,6 +1,7 @@
 """A vision-language model from its folder to the files of its parts, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,44 @@ def test_the_lines_of_the_card_generate_what_the_engine_does(exported, monkeypat
         found = greedy(engine, feeds, 20)[0, feeds["input_ids"].shape[1] :]
     assert answer == found[: len(answer)].tolist()
     assert len(answer) == 20 or answer[-1] == 2
+
+
+def test_the_lines_of_the_card_choose_no_token_that_the_generation_config_rules_out(
+    exported, tmp_path, monkeypatch, capsys
+):
+    folder, report = exported
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    size = {"return_tensors": "np", "images": [Image.new("RGB", (640, 480))], "text": [f"{IMAGE} the dog runs"]}
+    prompt = {name: np.asarray(value) for name, value in processor("llava")(**size).items()}
+    with runtime("onnxruntime").load(folder / "vision_encoder.onnx", BuildOptions(threads=1)) as engine:
+        (often,) = forced(engine, prompt, [], [], 1)
+        (first,) = forced(engine, prompt, [often], [], 1)
+        wanted = forced(engine, prompt, [often], [first], 20)
+    stated = json.loads((changed / "generation_config.json").read_text())
+    rules = {"suppress_tokens": [often], "begin_suppress_tokens": [first]}
+    (changed / "generation_config.json").write_text(json.dumps(stated | rules))
+    monkeypatch.chdir(changed)
+    text = make_snippet(report, changed).text.replace("What is this?", " the dog runs")
+    exec(text.replace("processor.decode(answer)", "answer"), {})
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == wanted[: len(answer)]
+    assert len(answer) == 20 or answer[-1] == 2
+    assert len(answer) > 1
+
+
+def forced(engine, prompt, never, not_first, count):
+    """Return the tokens that are the most probable ones without some, by the logits of the whole text each time."""
+    ids, answer = prompt["input_ids"], []
+    shapes = {name: engine.input_shapes[name] for name in engine.inputs if name.startswith("past")}
+    past = {name: np.zeros((1, *(size or 0 for size in shape[1:])), np.float32) for name, shape in shapes.items()}
+    for number in range(count):
+        mask = np.ones_like(ids)
+        feeds = prompt | past | {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1}
+        found = engine.run(feeds)["logits"][0, -1].copy()
+        found[[*never, *(() if number else not_first)]] = -np.inf
+        answer.append(int(found.argmax()))
+        ids = np.concatenate([ids, [[answer[-1]]]], 1)
+    return answer
 
 
 def test_bench_of_the_folder(exported, captions, tmp_path):
