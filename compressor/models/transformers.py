@@ -41,6 +41,7 @@ from compressor.models.weights.config_checks import (
 )
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
+from compressor.models.weights.unregistered import ADVICE, unregistered_weights
 from passes.graph.cached_functions import forget_results
 from passes.torch_internals import FakeTensorMode
 
@@ -355,7 +356,20 @@ def _module(
     if info["missing_keys"] and other and not hasattr(config, "auto_map"):
         # The automatic class reads other names: that of Emu3 is its language model alone.
         module, info = named.from_pretrained(location, **options, dtype=torch.float32, output_loading_info=True)
+    _check_loaded(module, location)
     return module, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
+
+
+def _check_loaded(module: torch.nn.Module, location: str) -> None:
+    """Check that no weight is where transformers does not look for it.
+
+    Raises:
+        ModelError: the module keeps weights in plain lists or dicts, which have no values.
+    """
+    names = dict.fromkeys(name for name, weight in unregistered_weights(module) if weight.is_meta)
+    if names:
+        kept = f"which keeps weights in plain attributes ({', '.join(names)})"
+        raise ModelError(f"{location} is a {type(module).__name__}, {kept}, {ADVICE}.")
 
 
 def class_of(config: Any, task: str) -> Any:

@@ -25,6 +25,7 @@ from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
+from compressor.models.weights.unregistered import ADVICE, read_by
 from passes.torch_internals import forward_hooks, remove_backward_hooks, uncompiled
 
 # Values in an output that are reported as left out, because they are not tensors.
@@ -215,6 +216,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     _check_example(inputs_by_name, label)
     example = _two_samples(inputs_by_name)
     by_position = _by_position(module, example_inputs)
+    _check_registered(module, example, label, by_position)
     returned, values = _returned(module, inputs_by_name, example, label, by_position)
     tensors, others = _flatten(returned, label)
     unchanged = {name: value for name, value in values.items() if torch.equal(value, example[name])}
@@ -297,7 +299,9 @@ def copied(module: torch.nn.Module) -> torch.nn.Module:
         tensors: dict[int, Any] = {id(parameter): _converted(parameter) for parameter in module.parameters()}
         for value in _other_tensors(module):
             if id(value) not in tensors:
-                tensors[id(value)] = _floating(value.detach().cpu().clone())
+                tensors[id(value)] = kept = _floating(value.detach().cpu().clone())
+                if isinstance(value, torch.nn.Parameter):  # one that is not registered stays known as a weight
+                    tensors[id(value)] = torch.nn.Parameter(kept, requires_grad=value.requires_grad)
         twin = copy.deepcopy(module, tensors)
     except Exception as error:  # locks, process groups and tensors without data, each with its own error
         raise ModelError(
@@ -326,6 +330,22 @@ def _converted(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     if converted.data_ptr() == parameter.data_ptr() and converted.dtype == parameter.dtype:
         return parameter
     return torch.nn.Parameter(converted, requires_grad=parameter.requires_grad)
+
+
+def _check_registered(module: torch.nn.Module, example: dict[str, torch.Tensor], label: str, by_position: bool) -> None:
+    """Check that the forward pass computes with weights that are registered alone.
+
+    Raises:
+        ModelError: it reads weights in plain lists, dicts or functions.
+    """
+
+    def call() -> None:
+        with contextlib.suppress(Exception):  # of all kinds, such as that of half a model in float32
+            _run(module, example, by_position)
+
+    names = read_by(call, module)
+    if names:
+        raise ModelError(f"{label} computes with weights in plain attributes ({', '.join(names)}), {ADVICE}.")
 
 
 def _returned(
