@@ -570,8 +570,8 @@ def _check_example(example: dict[str, Any], label: str) -> None:
         rows = ", ".join(f"{name} {len(value)}" for name, value in example.items())
         raise ModelError(
             f"{label}: the example inputs have different batch sizes ({rows}); expected the same batch size, because "
-            "each input is cut into samples along its first axis. Keep what all samples share, such as the edges of one "
-            "graph, as a buffer of the module."
+            "each input is cut into samples along its first axis. Keep what all samples share, such as the edges of "
+            "one graph, as a buffer of the module."
         )
 
 
