@@ -28,6 +28,7 @@ from passes.canonical.join_slices import SCATTER, JoinSlices
 from passes.canonical.real_arithmetic import RealArithmetic, is_complex
 from passes.canonical.separate_batch import SeparateBatch, joins_batch
 from passes.canonical.slice_ends import EndsFromStart, ends_before_end
+from passes.canonical.write_sums import WriteSums, has_other_sums
 from passes.execute.interpreter import run
 from passes.execute.offloaded_weights import is_offloaded
 from passes.graph.cached_functions import forget_results
@@ -179,6 +180,8 @@ def _traced(model: Model) -> tuple[Graph, tuple[SizeGuard, ...], tuple[FixedTrut
         apply(EndsFromStart(), graph)
     if joins_batch(graph):
         apply(SeparateBatch(), graph)
+    if has_other_sums(graph):
+        apply(WriteSums(), graph)
     if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
         apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:
@@ -313,12 +316,13 @@ def _explain(model: Model, error: Exception, failure: str | None) -> str:
             f"{model.name} computes with a NumPy array or calls .numpy() in forward ({reason}), which torch.export "
             "cannot trace; keep the values as a tensor, such as by self.register_buffer(name, torch.from_numpy(array))."
         )
-    if model.preprocess.kind == "text" and _axis(model, str(error)).endswith("sequence"):
+    of_tokens = _axis(model, str(error)).endswith("sequence")
+    if model.preprocess.kind == "text" and of_tokens:
         return (
             f"{model.name} could not be traced by torch.export ({reason}), as a loop in Python over the tokens or a "
             "list of them does; Compressor needs a forward pass for any number of tokens, and no option changes that."
         )
-    if model.source == "module" and (fixed := _FIXED.search(str(error))) and _axis(model, str(error)) == "sequence":
+    if model.source == "module" and of_tokens and (fixed := _FIXED.search(str(error))):
         name, size = model.inputs[int(fixed[1])], fixed[3]
         return (
             f"{model.name} could not be traced by torch.export for any number of tokens ({reason}), as a Python loop "

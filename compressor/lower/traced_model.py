@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,6 +43,7 @@ from compressor.workspace.plan_file import check_drop, given_plan
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
+from passes.graph.coverage import attentions, outside_of
 from passes.graph.graph import Graph, Site, output_values, value_of
 from passes.graph.sites import find_sites
 from passes.image_tokens.image_tokens import DropImageTokens
@@ -184,11 +185,9 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         _check_trained(graph, model)
         sites = find_sites(graph)
         if not sites and settings.drop != "none":
-            raise SubjectError(
-                f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop; pass --drop none to "
-                "export it as it is."
-            )
+            raise SubjectError(without_sites(graph, model, "pass --drop none to export it as it is"))
         check_drop(settings.drop, sites)
+        data = dataclasses.replace(data, limitations=(*data.limitations, *_outside_of_sites(graph, sites)))
         if stages is not None:
             without_image_tokens(graph, model, settings)  # asked first: a search takes long
             model = with_state(model, [depth for depth, _ in stages.stages])
@@ -197,6 +196,35 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         _check_itself(model, graph, data, settings)
         model = with_logits(model, data)
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
+
+
+def without_sites(graph: Graph, model: Model, remedy: str) -> str:
+    """Return the refusal of a model without residual branches, with the attentions that were found outside of them."""
+    paths = outside_of(graph, ())
+    found = f"; {_attentions(len(paths), paths)} is outside of any" if len(paths) == 1 else ""
+    found = f"; its {_attentions(len(paths), paths)} are outside of any" if len(paths) > 1 else found
+    return (
+        f"{model.name} has no residual branch (y = x + f(x), also with a constant times x), so there is nothing to "
+        f"drop{found}. A gate or a mixture of several states in place of the sum makes no branch; {remedy}."
+    )
+
+
+def _outside_of_sites(graph: Graph, sites: Sequence[Site]) -> Iterator[Limitation]:
+    """Yield a limitation if attentions are in no residual branch, so that nothing drops or replaces them."""
+    paths = outside_of(graph, sites)
+    if sites and paths:
+        total = len(dict.fromkeys(attentions(graph).values()))
+        yield Limitation(
+            "attentions outside of branches",
+            f"{len(paths)} of {_attentions(total, paths)}: in no residual branch, so they are not listed, dropped or "
+            "replaced; a branch f(x) is added to the whole of its x and is read by nothing else",
+        )
+
+
+def _attentions(count: int, paths: Sequence[str]) -> str:
+    """Return a number of attentions, with the first of some paths."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{count} attention{'s' * (count != 1)} ({', '.join(paths[:3])}{more})"
 
 
 def within_bounds(feeds: Mapping[str, Values], model: Model, split: Split) -> Mapping[str, Values]:

@@ -29,6 +29,7 @@ from compressor.lower.translations.decompose_nodes import decompose_nodes
 from compressor.models.base import first_line
 from compressor.models.text.recurrence import OPERATOR
 from passes.base import apply
+from passes.graph.edit import copy_repeated_outputs, repeated_outputs
 from passes.image_tokens.image_tokens import stage_of_state
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
 from passes.rewrite.fold_constants import FoldConstants, foldable
@@ -163,11 +164,18 @@ def _names_of_axes(graph: Graph, model: Model) -> tuple[dict[int, str], ...]:
 
 
 def _prepared(graph: Graph) -> Graph:
-    """Return the graph, or a fork in which each weight is stored and each attention has the four axes of torch.onnx."""
+    """Return the graph, or a fork that torch.onnx can write.
+
+    In it, each weight is stored, each attention has the four axes of torch.onnx, and each output has a value of its
+    own, because an ONNX file has one name for a value.
+    """
     computed, other = bool(foldable(graph)), any(can_flatten(node) for node in graph.nodes())
-    if not computed and not other:
+    repeated = bool(repeated_outputs(graph))
+    if not (computed or other or repeated):
         return graph
     fork = graph.fork()
+    if repeated:
+        copy_repeated_outputs(fork)
     if computed:
         apply(FoldConstants(), fork)
     if other:

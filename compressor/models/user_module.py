@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,10 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     evaluated = list(tensors.values())[outputs.index(answer)]
     resolved_task = _task(task, evaluated, example, label)
     names = _class_names(module, resolved_task, evaluated)
-    fixed = frozenset() if resolved_task == "text-generation" else _fixed_lengths(module, example, by_position)
-    axes = {key: {0: "batch"} if key in fixed else _axes(key, value) for key, value in example.items()}
+    cached = resolved_task == "text-generation"
+    fixed = frozenset() if cached else _fixed_lengths(module, example, by_position)
+    lengths = dict.fromkeys(example, "sequence") if cached else _names_of_lengths(module, example, fixed, by_position)
+    axes = {key: {0: "batch"} if key in fixed else _axes(value, lengths[key]) for key, value in example.items()}
     model = Model(
         name=label,
         source="module",
@@ -251,7 +253,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
         limitations=(
             *_narrowed(inputs_by_name),
             *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
-            *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
+            *_fixed_tokens(example, fixed),
             *_hooks(module),
             *_assumptions(
                 _without_cache(others, resolved_task, cache) | repeated,
@@ -426,7 +428,7 @@ def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor], by
 
     Inputs of the same length are shortened together. Two tokens become three, because one would be broadcast.
     """
-    lengths = {name: value.shape[1] for name, value in example.items() if 1 in _axes(name, value)}
+    lengths = {name: value.shape[1] for name, value in example.items() if _holds_tokens(value)}
     fixed = {name for name, length in lengths.items() if length == 1}  # torch.export treats a size of 1 as a constant
     for length in set(lengths.values()) - {1}:
         group = {name for name, each in lengths.items() if each == length}
@@ -434,6 +436,36 @@ def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor], by
         if not _runs(module, other, by_position):
             fixed |= group
     return frozenset(fixed)
+
+
+def _names_of_lengths(
+    module: torch.nn.Module, example: dict[str, torch.Tensor], fixed: Collection[str], by_position: bool
+) -> dict[str, str]:
+    """Return the name of the length of each input; lengths that may differ have names of their own.
+
+    An engine takes one size for one name. The texts of two encoders, or of an encoder and a decoder, have two: they are
+    of different lengths in the example, or the module computes one of them with a token less.
+    """
+    names = dict.fromkeys(example, "sequence")
+    first, *others = [name for name, value in example.items() if name not in fixed and _holds_tokens(value)] or [""]
+    groups = [[first]]
+    for name in others:
+        own = next((group for group in groups if not _varies_alone(module, example, group[0], name, by_position)), None)
+        if own is None:
+            groups.append([name])
+        else:
+            own.append(name)
+    names |= {name: f"{group[0]}_sequence" for group in groups[1:] for name in group}
+    return names
+
+
+def _varies_alone(
+    module: torch.nn.Module, example: dict[str, torch.Tensor], first: str, name: str, by_position: bool
+) -> bool:
+    """Return whether a module takes another length of an input than of the first one."""
+    if example[first].shape[1] != example[name].shape[1]:
+        return True
+    return _runs(module, example | {name: _other_length(example[name])}, by_position)
 
 
 def _other_length(tokens: torch.Tensor) -> torch.Tensor:
@@ -454,11 +486,15 @@ def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, st
             )
 
 
-def _fixed_tokens(example: dict[str, torch.Tensor]) -> Iterator[Limitation]:
+def _fixed_tokens(example: dict[str, torch.Tensor], fixed: Collection[str]) -> Iterator[Limitation]:
     """Yield a limitation for every input of tokens whose number of tokens cannot vary."""
-    for name, value in example.items():
-        length = value.shape[1]
-        reason = "the example has one token" if length == 1 else "the module fails with another number of tokens"
+    static = [name for name, value in example.items() if not _holds_tokens(value) and value.ndim > 1]
+    beside = f" while {' and '.join(static)} keep{'s' * (len(static) == 1)} the shape of the example" if static else ""
+    for name in (name for name in example if name in fixed):
+        length = example[name].shape[1]
+        reason = (
+            f"the module fails with another number of tokens{beside}" if length > 1 else "the example has one token"
+        )
         yield Limitation(
             f"length of {name}", f"{reason}, so every sample must have {length} tokens; other lengths are rejected"
         )
@@ -553,7 +589,9 @@ def _check_example(example: dict[str, Any], label: str) -> None:
     if len({len(value) for value in example.values()}) > 1:
         rows = ", ".join(f"{name} {len(value)}" for name, value in example.items())
         raise ModelError(
-            f"{label}: the example inputs have different batch sizes ({rows}); expected the same batch size."
+            f"{label}: the example inputs have different batch sizes ({rows}); expected the same batch size, because "
+            "each input is cut into samples along its first axis. Keep what all samples share, such as the edges of "
+            "one graph, as a buffer of the module."
         )
 
 
@@ -698,9 +736,11 @@ def _evaluated(task: str | None, outputs: tuple[str, ...], label: str) -> tuple[
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
     """Return `task` if the output has a matching shape; infer it from the shapes if `task` is None."""
     if answer.ndim < 2 or len(answer) != 2:
+        one = answer.ndim == 1 and len(answer) == 2
+        remedy = "return a number for each sample as [batch, 1]" if one else "forward must keep the samples apart"
         raise ModelError(
             f"{label} returns an output of shape {list(answer.shape)} for a batch of two; expected the batch as first "
-            "axis and at least one more axis."
+            f"axis and at least one more axis, so {remedy}."
         )
     if not answer.is_floating_point():
         raise ModelError(
@@ -723,9 +763,13 @@ def _infer_task(answer: torch.Tensor, example: dict[str, torch.Tensor]) -> str:
     return "image-feature-extraction" if is_image else "feature-extraction"
 
 
-def _axes(name: str, value: torch.Tensor) -> dict[int, str]:
-    tokens = value.ndim == 2 and not value.is_floating_point()
-    return {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
+def _axes(value: torch.Tensor, length: str) -> dict[int, str]:
+    """Return the names of the dynamic axes of an input; `length` is that of its tokens."""
+    return {0: "batch", 1: length} if _holds_tokens(value) else {0: "batch"}
+
+
+def _holds_tokens(value: torch.Tensor) -> bool:
+    return value.ndim == 2 and not value.is_floating_point()
 
 
 def _save(

@@ -13,11 +13,13 @@ from compressor.executor.base import Executor
 from compressor.executor.on_ray import executor_for
 from compressor.limitations import Limitation
 from compressor.lower.traced_model import (
+    SubjectError,
     TracedModel,
     check_original,
     index_errors_as_data_errors,
     load,
     load_data,
+    without_sites,
 )
 from compressor.measure.memory_budget import memory_budget
 from compressor.pipeline.last_tokens import of_last_tokens
@@ -66,6 +68,8 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
 
 def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> Inspection:
     subject = load(settings, steps, executor=executor)
+    if not subject.sites:
+        raise SubjectError(without_sites(subject.graph, subject.model, "an export takes it with --drop none"))
     if settings.study and subject.model.has_parts:
         kind = "an encoder-decoder" if subject.model.is_encoder_decoder else "a vision-language model"
         raise SettingsError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from passes.base import PassError
-from passes.graph.graph import is_sum, value_of
+from passes.graph.graph import is_sum, unscaled, value_of
 from passes.graph.sites import CONV_OPS, LINEAR_OPS, aten
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def locate_site(graph: Graph, site: Site) -> SiteNodes:
             f"the trunk before {site.name} is no longer in the graph: the map of a parallel branch replaced it."
         )
     refused: dict[str, str] = {}
-    normalised = _read_first(branch, trunk)
+    normalised = _read_first(branch, unscaled(trunk))
     if normalised is None:
         refused["normalised"] = (
             f"{site.name} has no normalised source: its first linear map reads the trunk itself or a value of another "
@@ -106,10 +106,10 @@ def _root(add: fx.Node, site: Site) -> fx.Node:
 
 
 def _trunk(root: fx.Node, branch: fx.Node) -> fx.Node | None:
-    """Return the earliest term of the sum that the branch depends on, after the original trunk node was removed."""
+    """Return the last term of the sum that the branch depends on, after the original trunk node was removed."""
     order = {node: position for position, node in enumerate(root.graph.nodes)}
     ancestors = _ancestors(branch)
-    return min((term for term in _terms(root) if term in ancestors), key=order.__getitem__, default=None)
+    return max((term for term in _terms(root) if term in ancestors), key=order.__getitem__, default=None)
 
 
 def _terms(root: fx.Node) -> Iterator[fx.Node]:

@@ -153,8 +153,8 @@ def _reshaped(before: Sequence[Any], after: Sequence[Any]) -> dict[int, int]:
 
 
 def as_text(sizes: Sequence[Any]) -> str:
-    """Format sizes for an error message."""
-    return "[" + ", ".join(map(str, sizes)) + "]"
+    """Format sizes for an error message; a dynamic one, such as that of the batch, is ``any``."""
+    return "[" + ", ".join(str(size) if str(size).isdecimal() else "any" for size in sizes) + "]"
 
 
 def resized_arguments(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[Any, ...] | None:

@@ -17,7 +17,7 @@ from passes.graph.edit import (
     replace_all_uses,
     views_to_reshapes,
 )
-from passes.graph.graph import CASTS, COPIES, DROPOUTS, Graph, value_of
+from passes.graph.graph import ADDS, CASTS, COPIES, DROPOUTS, Graph, aten, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -62,11 +62,25 @@ def is_identity(node: fx.Node) -> bool:
     """Return whether a node returns its first input unchanged at inference time."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    if node.target in COPIES:
+    if node.target in COPIES or _adds_nothing(node):
         return True
     if node.target in DROPOUTS:
         return not node.args[2] if len(node.args) > 2 else not node.kwargs.get("train", True)
     return node.target in CASTS and _same_type(node, node.args[0])
+
+
+def _adds_nothing(node: fx.Node) -> bool:
+    """Return whether a node adds 0, as Python's ``sum`` does to its first term, or multiplies by 1."""
+    neutral = 0 if node.target in ADDS else 1 if node.target is aten.mul.Tensor else None
+    source = node.args[0]
+    return (
+        neutral is not None
+        and len(node.args) == 2
+        and isinstance(node.args[1], (int, float))
+        and node.args[1] == neutral
+        and isinstance(source, fx.Node)
+        and _same_type(node, source)
+    )
 
 
 def _same_type(node: fx.Node, source: fx.Node) -> bool:

@@ -118,6 +118,26 @@ def insert_output(graph: Graph, name: str, node: fx.Node) -> None:
     graph.module.graph.set_codegen(fx.graph.CodeGen())
 
 
+def repeated_outputs(graph: Graph) -> list[int]:
+    """Return the places of the outputs that are an input, a stored tensor, or the value of an output before."""
+    values = output_values(graph)
+    return [
+        place for place, node in enumerate(values) if node.op in ("placeholder", "get_attr") or node in values[:place]
+    ]
+
+
+def copy_repeated_outputs(graph: Graph) -> None:
+    """Let each output have a value of its own; see `repeated_outputs`.
+
+    Outputs come to be so when branches are dropped: a state that was returned is then the state before it.
+    """
+    (output,) = [node for node in graph.nodes() if node.op == "output"]
+    values = output_values(graph)
+    for place in repeated_outputs(graph):
+        values[place] = insert_call(graph, aten.clone.default, values[place], before=output)
+    output.args = (tuple(values),)
+
+
 def resize(graph: Graph, node: fx.Node, axis: int, size: Any) -> None:
     """Give an input another symbolic size along one axis; its readers keep their traced values."""
     value = value_of(node)

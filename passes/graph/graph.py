@@ -30,6 +30,8 @@ COPIES = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 )
 VIEWS = frozenset({aten.view.default}) | UNSAFE_VIEWS
+DIVISIONS = frozenset({aten.div.Tensor, aten.div_.Tensor})
+SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul_.Tensor, aten.neg.default}
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
 CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other}) | COPYING_CASTS
 ASSERTIONS = RUN_TIME_ASSERTIONS | {
@@ -46,9 +48,9 @@ class GraphError(Exception):
 class Site:
     """One residual branch ``y = x + f(x)``, described by the names of its nodes.
 
-    ``add`` is the node that adds the branch, ``branch`` its operand ``f(x)``, ``trunk`` the skip value ``x`` and
-    ``root`` the node that holds the complete sum (equal to ``add`` unless several branches share one trunk).
-    ``channel_dim`` is the axis of the trunk that carries the ``width`` features.
+    ``add`` is the node that adds the branch, ``branch`` its operand ``f(x)``, ``trunk`` the skip value ``x`` (in
+    ``2 x + f(x)`` the scaled one) and ``root`` the node that holds the complete sum (equal to ``add`` unless several
+    branches share one trunk). ``channel_dim`` is the axis of the trunk that carries the ``width`` features.
     """
 
     name: str
@@ -195,6 +197,34 @@ def is_sum(node: fx.Node) -> bool:
     return (
         plain and isinstance(value_of(node), torch.Tensor) and sum(isinstance(arg, fx.Node) for arg in node.args) == 2
     )
+
+
+def unscaled(node: fx.Node) -> fx.Node:
+    """Return the value that constants scale to a node, x of ``2 * x`` and ``-x``, or the node itself."""
+    while node.target in SCALINGS:
+        variable = [source for source in node.all_input_nodes if not _is_constant(source)]
+        divides = node.target in DIVISIONS and node.args[0] not in variable  # 2 / x is no scaled x
+        if len(variable) != 1 or divides or str(_shape(variable[0])) != str(_shape(node)):
+            break
+        (node,) = variable
+    return node
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether no input of the graph reaches a value."""
+    seen, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        if each.op == "placeholder":
+            return False
+        unseen = [source for source in each.all_input_nodes if source not in seen]
+        seen.update(unseen)
+        stack.extend(unseen)
+    return True
+
+
+def _shape(node: fx.Node) -> Any:
+    return getattr(value_of(node), "shape", None)
 
 
 def dependents_of(graph: Graph, inputs: Collection[str]) -> frozenset[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from passes.graph.graph import Graph, GraphError, Site, attribute, is_sum, value_of
+from passes.graph.graph import Graph, GraphError, Site, attribute, is_sum, unscaled, value_of
 from passes.torch_internals import SAFE_SOFTMAX, SOFTMAX
 
 aten = torch.ops.aten
@@ -38,14 +38,16 @@ CALL_NUMBER = re.compile(r"@\d+")  # behind the path of a module that is called 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
     """Return every residual branch of a graph, without the use of model names or module classes.
 
-    Sums are flattened first: ``x + a(x) + m(x)`` is one trunk with two branches. The trunk of a sum is the term that
-    the others are computed from. A term is a branch if it is computed from the trunk, uses parameters and has no other
-    consumer. A branch may also read values computed before the trunk (masks, rotary tables, batch size). A sum inside
-    the branch of another sum is part of that branch, unless the branch holds a chain of two or more sums. Then the
-    outer sum is a group of blocks (a long skip), and the inner sums are the sites.
+    Sums are flattened first: ``x + a(x) + m(x)`` is one trunk with two branches. The trunk of a branch is the last term
+    that it is computed from, so that a sum of two encoders has two trunks. A trunk may be scaled by a constant, as in
+    ``2 x + a(x)``; it is the scaled value then. A term is a branch if it is computed from a trunk, uses parameters and
+    has no other consumer. A branch may also read values computed before the trunk (masks, rotary tables, batch size). A
+    sum inside the branch of another sum is part of that branch, unless the branch holds a chain of two or more sums, or
+    is itself such a sum that is scaled. Then the outer sum is a group of blocks (a long skip), and the inner sums are
+    the sites. Sites have the order in which their branches are computed.
     """
     finder = _Finder(graph)
-    candidates = finder.outermost(finder.candidates())
+    candidates = sorted(finder.outermost(finder.candidates()), key=finder.place)
     bases = [_base_name(graph, candidate) for candidate in candidates]
     names = _unique_names([_full_name(graph, *pair) for pair in zip(candidates, bases, strict=True)])
     blocks = _block_names(graph, candidates, bases)
@@ -78,6 +80,11 @@ class _Candidate:
     kind: str
     channel_dim: int
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the trunk is scaled by a constant before the sum."""
+        return unscaled(self.trunk) is not self.trunk
+
 
 class _Finder:
     """Search for sites, with the ancestors of each node as a bit mask, so that a dependency test is one shift."""
@@ -87,6 +94,7 @@ class _Finder:
         self.order = graph.nodes()
         self.index = {node: position for position, node in enumerate(self.order)}
         self.ancestors = self._ancestor_masks()
+        self.sources: dict[fx.Node, fx.Node] = {}
         self.from_weights = {node for node in self.order if self._is_constant(node)}
         states = set(graph.state.values())
         placeholders = zip(graph.inputs, graph.placeholders(), strict=True)
@@ -122,34 +130,55 @@ class _Finder:
         return candidates
 
     def _branches(self, root: fx.Node) -> Iterator[_Candidate]:
-        terms = list(_terms(root))
-        trunk = self._trunk([term for _, term in terms])
-        if trunk is None or not _same_shape(trunk, root):
-            return
-        for add, term in terms:
-            if term is not trunk and self._depends(term, trunk) and len(term.users) == 1:
-                candidate = self._candidate(add, term, trunk, root)
-                if candidate is not None:
-                    yield candidate
+        found = [candidate for operand in root.all_input_nodes for candidate in self._terms_of(root, operand, root)]
+        several = len({candidate.trunk for candidate in found}) > 1
+        for candidate in found:
+            beside = {each.branch for each in found if each.trunk is candidate.trunk}
+            yield replace(candidate, root=_sum_of(root, {candidate.trunk, *beside})) if several else candidate
 
-    def _trunk(self, terms: list[fx.Node]) -> fx.Node | None:
-        """Return the term that other terms are computed from, the earliest if there are several."""
-        sources = [term for term in terms if any(self._depends(other, term) for other in terms if other is not term)]
-        return min(sources, key=self.index.__getitem__, default=None)
+    def _terms_of(self, add: fx.Node, term: fx.Node, root: fx.Node) -> Iterator[_Candidate]:
+        """Yield the branches among the terms of an operand, or else the operand, as of ``x + (h + gelu(h))``."""
+        inner: list[_Candidate] = []
+        if is_sum(term) and _is_partial_sum(term):
+            inner = [each for operand in term.all_input_nodes for each in self._terms_of(term, operand, root)]
+            yield from inner
+        own = {each for _, each in _terms(term)} if is_sum(term) and _is_partial_sum(term) else {term}
+        trunk = self._trunk(term, [each for _, each in _terms(root) if each not in own], root)
+        if not inner and trunk is not None and len(term.users) == 1:
+            candidate = self._candidate(add, term, trunk, root)
+            if candidate is not None:
+                yield candidate
+
+    def _trunk(self, branch: fx.Node, terms: list[fx.Node], root: fx.Node) -> fx.Node | None:
+        """Return the last of other terms of a sum that a branch is computed from, None if it is from none."""
+        sources = [
+            term
+            for term in terms
+            if _same_shape(term, root)
+            and self._depends(branch, self.unscaled(term))
+            and not (self.unscaled(branch) is self.unscaled(term) and term is not self.unscaled(term))  # a x + b x
+        ]
+        return max(sources, key=lambda term: self.index[self.unscaled(term)], default=None)
+
+    def unscaled(self, node: fx.Node) -> fx.Node:
+        """Return `passes.graph.graph.unscaled` of a node, computed once."""
+        if node not in self.sources:
+            self.sources[node] = unscaled(node)
+        return self.sources[node]
 
     def _depends(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(self.ancestors[self.index[node]] >> self.index[source] & 1)
 
     def _candidate(self, add: fx.Node, branch: fx.Node, trunk: fx.Node, root: fx.Node) -> _Candidate | None:
-        nodes = self._region(branch, trunk)
+        nodes = self._region(branch, self.unscaled(trunk))
         weights = self._weights(nodes, trunk)
         if not weights:
             return None
-        channel_dim = _channel_dim(trunk, nodes)
+        channel_dim = _channel_dim(self.unscaled(trunk), nodes)
         if not isinstance(value_of(trunk).shape[channel_dim], int):
             return None  # scores of tokens for tokens, as of ProphetNet with its relative positions, have no features
         region = sum(1 << self.index[node] for node in nodes)
-        kind = self._kind(nodes, trunk)
+        kind = self._kind(nodes, self.unscaled(trunk))
         return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, channel_dim)
 
     def _region(self, branch: fx.Node, trunk: fx.Node) -> tuple[fx.Node, ...]:
@@ -238,9 +267,18 @@ class _Finder:
 
     def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
         """Remove branches that are chains of blocks, and candidates inside other branches (as in GPT-2's tanh GELU)."""
-        groups = [outer for outer in candidates if self._inner_sums(outer, candidates) >= 2]
+        sums = {candidate.root for candidate in candidates}
+        groups = [
+            outer
+            for outer in candidates
+            if self._inner_sums(outer, candidates) >= 2 or (outer.scaled and unscaled(outer.branch) in sums)
+        ]
         flat = [candidate for candidate in candidates if candidate not in groups]
         return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
+
+    def place(self, candidate: _Candidate) -> int:
+        """Return the place at which the branch of a candidate is complete."""
+        return self.index[candidate.branch]
 
     def _inner_sums(self, outer: _Candidate, candidates: list[_Candidate]) -> int:
         return len({inner.root for inner in candidates if _inside(inner, outer)})
@@ -267,6 +305,14 @@ def _terms(root: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield from _terms(operand)
         else:
             yield root, operand
+
+
+def _sum_of(root: fx.Node, terms: Collection[fx.Node]) -> fx.Node:
+    """Return the smallest part of a sum that holds some of its terms."""
+    for part in root.all_input_nodes:
+        if is_sum(part) and _is_partial_sum(part) and {term for _, term in _terms(part)}.issuperset(terms):
+            return _sum_of(part, terms)
+    return root
 
 
 def _same_shape(left: fx.Node, right: fx.Node) -> bool:
@@ -375,7 +421,7 @@ def _owner(graph: Graph, weight: fx.Node, candidate: _Candidate) -> list[str]:
     if PARAMETRIZATIONS in path:
         path = path[: path.index(PARAMETRIZATIONS)]
     for user in weight.users:
-        module = f"{CALL_NUMBER.sub('', _module_path(user))}.".removeprefix(graph.prefix).split(".")[:-1]
+        module = f"{CALL_NUMBER.sub('', module_path(user))}.".removeprefix(graph.prefix).split(".")[:-1]
         if user in candidate.nodes and path[: len(module)] != module[: len(path)]:
             return module
     return path
@@ -399,7 +445,7 @@ def _full_name(graph: Graph, candidate: _Candidate, base: str) -> str:
     that it does not change when other sites are dropped.
     """
     last = base.rpartition(".")[2]
-    adding = _module_path(candidate.add).removeprefix(graph.prefix)
+    adding = module_path(candidate.add).removeprefix(graph.prefix)
     return f"{base}.{candidate.kind}" if last.isdigit() or (base == adding and last != candidate.kind) else base
 
 
@@ -421,7 +467,7 @@ def _block_names(graph: Graph, candidates: list[_Candidate], bases: list[str]) -
     names: list[str] = []
     key, members, count = None, list[tuple[str, str]](), 0
     for candidate, base in zip(candidates, bases, strict=True):
-        path = _up_to_last_number(_module_path(candidate.root).removeprefix(graph.prefix)) or _up_to_last_number(base)
+        path = _up_to_last_number(module_path(candidate.root).removeprefix(graph.prefix)) or _up_to_last_number(base)
         repeats = (base, candidate.kind) in members
         restarts = not path and candidate.kind in ATTENTIONS and candidate.kind in [kind for _, kind in members]
         if path != key or repeats or restarts:
@@ -449,7 +495,8 @@ def _join_sublayers(blocks: list[str], kinds: list[str]) -> list[str]:
     return joined
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module that computes a node, with the prefix of its graph; empty if none is known."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 

@@ -12,7 +12,7 @@ from passes.analysis import token_axis as axes
 from passes.analysis.token_axis import Flow, UnsupportedOperator, option, sizes_of
 from passes.base import PassError
 from passes.graph.edit import propagate_fake_value, replace_all_uses, replace_input, set_arguments
-from passes.graph.graph import value_of
+from passes.graph.graph import unscaled, value_of
 from passes.graph.sites import LINEAR_OPS, NORM_OPS, PRODUCTS, SOFTMAX_OPS
 from passes.merge_tokens import matching as arithmetic
 from passes.merge_tokens.insert_reduction import AttentionOperands, insert_reduction
@@ -57,7 +57,7 @@ class ReductionPropagator:
         self.before = {node: sizes_of(node) for node in self.order}
         self.rank = {node: len(sizes) for node, sizes in self.before.items()}
         named = {node.name: node for node in self.order}
-        self.first = named[first.trunk]
+        self.first = unscaled(named[first.trunk])  # the branch reads it too
         self.trunk = _ancestors(named[last.root])
         self.flows: dict[fx.Node, Flow] = {}
         self.masks = Masks(graph, self.past)

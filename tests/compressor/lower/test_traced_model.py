@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import compressor
 from compressor import models
 from compressor.data.splits import Data
 from compressor.errors import CompressorError
@@ -181,6 +182,53 @@ def test_a_classifier_that_does_not_pool_its_tokens_is_refused_and_its_features_
         traced_model.load(settings, Steps(None))
     features = traced_model.load(replace(settings, task="image-feature-extraction"), Steps(None))
     assert len(features.sites) == 2
+
+
+class Mixing(torch.nn.Module):
+    """Attentions that a sum, a gate or a part of the tokens take up, and an MLP in a plain residual branch."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule, self.head, self.gate = rule, torch.nn.Linear(8, 4), torch.nn.Linear(8, 8)
+        self.attn, self.mlp = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, gate = self.attn(x, x, x, need_weights=False)[0], torch.sigmoid(self.gate(x))
+        if self.rule == "gate":
+            x = gate * x + (1 - gate) * y
+        elif self.rule == "part":
+            x = torch.cat([x[:, :1], x[:, 1:] + y[:, 1:]], 1)
+        else:
+            x = x + y
+        return self.head((x + self.mlp(x).relu() if self.rule != "gate" else x).mean(1))
+
+
+def mixing(rule: str, folder: Path, **options: Any) -> Settings:
+    np.savez(folder / "x.npz", x=np.random.default_rng(0).standard_normal((12, 5, 8)).astype(np.float32))
+    inputs = torch.zeros(2, 5, 8)
+    return Settings(model=Mixing(rule), example_inputs=inputs, data=str(folder / "x.npz"), **options)
+
+
+def test_attentions_outside_of_branches_are_a_limitation(tmp_path: Path) -> None:
+    found = traced_model.load(mixing("part", tmp_path), Steps(None))
+    assert [site.name for site in found.sites] == ["mlp"]
+    (said,) = [each.reason for each in found.data.limitations if each.feature == "attentions outside of branches"]
+    assert said.startswith(
+        "1 of 1 attention (attn): in no residual branch, so they are not listed, dropped or replaced"
+    )
+    covered = traced_model.load(mixing("sum", tmp_path), Steps(None))
+    assert [site.name for site in covered.sites] == ["attn", "mlp"]
+    assert not any(each.feature == "attentions outside of branches" for each in covered.data.limitations)
+
+
+def test_a_model_of_gates_is_refused_by_export_and_inspect_with_its_attentions(tmp_path: Path) -> None:
+    match = r"Mixing has no residual branch .*; 1 attention \(attn\) is outside of any\. .*--drop none"
+    with pytest.raises(SubjectError, match=match):
+        traced_model.load(mixing("gate", tmp_path, drop="1"), Steps(None))
+    settings = mixing("gate", tmp_path)
+    with pytest.raises(SubjectError, match=match):
+        compressor.inspect(settings.model, example_inputs=settings.example_inputs, data=settings.data)
+    assert traced_model.load(mixing("gate", tmp_path, drop="none"), Steps(None)).sites == ()
 
 
 GIT = {

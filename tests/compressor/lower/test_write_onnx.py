@@ -12,7 +12,9 @@ import torch
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import OPSET, lower
 from compressor.models import load
+from passes.base import apply
 from passes.execute.interpreter import run
+from passes.rewrite.drop import Drop
 from tests.decoders import saved
 
 
@@ -45,6 +47,37 @@ def test_the_file_has_the_stated_opset_names_and_free_batch_and_computes_what_to
     actual = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
     # Two float32 products of width 8, summed in another order.
     np.testing.assert_allclose(actual, run(graph, {"x": x})[0].numpy(), atol=1e-5)
+
+
+class States(torch.nn.Module):
+    """A model that returns its states, as `output_hidden_states` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x + torch.relu(self.a(x))
+        z = y + torch.relu(self.b(y))
+        return z.sum(-1, keepdim=True), y, z
+
+
+@pytest.mark.parametrize("dropped", [("a",), ("b",), ("a", "b")])
+def test_states_that_are_equal_after_a_drop_are_outputs_of_their_own(dropped: tuple[str, ...], tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    module = States()
+    model = load(module, example_inputs=torch.zeros(2, 8))
+    graph = trace(model)
+    apply(Drop(dropped), graph)
+    session = ort.InferenceSession(lower(graph, model, tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["x"]
+    assert [each.name for each in session.get_outputs()] == list(model.outputs)
+    for name in dropped:
+        torch.nn.init.constant_(module.get_submodule(name).weight, 0)
+        torch.nn.init.constant_(module.get_submodule(name).bias, 0)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for actual, expected in zip(session.run(None, {"x": x.numpy()}), module(x), strict=True):
+        np.testing.assert_allclose(actual, expected.detach().numpy(), atol=1e-5)
 
 
 class Normalised(torch.nn.Module):

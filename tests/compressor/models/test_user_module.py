@@ -267,12 +267,58 @@ def test_a_length_that_cannot_vary_is_taken_as_fixed_and_said(change: Callable[.
     ids = torch.arange(2 * TOKENS).reshape(2, TOKENS)
     model = load(Encoder(change), example_inputs=(ids, ids[:, :4]))
     assert model.dynamic_axes["input_ids"] == ({0: "batch"} if fixed else {0: "batch", 1: "sequence"})
-    assert model.dynamic_axes["other"] == {0: "batch", 1: "sequence"}
+    assert model.dynamic_axes["other"] == {0: "batch", 1: "sequence" if fixed else "other_sequence"}
     assert ("every sample must have 6 tokens" in reasons(model).get("length of input_ids", "")) is fixed
     length = TOKENS if fixed else 5
     feeds = {"input_ids": torch.arange(3 * length).reshape(3, length), "other": ids[:1, :3].repeat(3, 1)}
     (got,) = run(trace(model), feeds)
     torch.testing.assert_close(got, model.module(**feeds))
+
+
+class Padded(nn.Module):
+    """A module whose tokens have features in the example, with the mask of their padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return (x + self.inner(x)) * keep[..., None]
+
+
+def test_a_mask_beside_features_is_fixed_by_their_shape() -> None:
+    model = load(Padded(), example_inputs=(torch.rand(2, 5, 4), torch.ones(2, 5, dtype=torch.int64)))
+    assert reasons(model)["length of keep"] == (
+        "the module fails with another number of tokens while x keeps the shape of the example, so every sample must "
+        "have 5 tokens; other lengths are rejected"
+    )
+
+
+class Decoding(nn.Module):
+    """Attention of one text to another, with a mask of the latter; the lengths of the two are independent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, source: torch.Tensor, keep: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        memory, x = self.words(source), self.words(target)
+        scores = (x @ memory.transpose(1, 2)).masked_fill(keep[:, None] == 0, -1e9)
+        own = (x @ x.transpose(1, 2)).softmax(-1) @ x
+        return self.head(own + scores.softmax(-1) @ memory)
+
+
+@pytest.mark.parametrize("length", [9, 7])
+def test_lengths_that_are_independent_have_names_of_their_own(length: int, tmp_path: Path) -> None:
+    """ONNX Runtime shares the memory of values of one shape, so one name for two lengths ends in an error."""
+    source, keep = torch.arange(18).reshape(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    model = load(Decoding(), example_inputs=(source, keep, source[:, :length]))
+    assert [axes[1] for axes in model.dynamic_axes.values()] == ["sequence", "sequence", "target_sequence"]
+    feeds = {"source": source[:, :8], "keep": keep[:, :8], "target": source[:, :3]}
+    with target.load(lower(trace(model), model, tmp_path / "m.onnx"), BuildOptions()) as engine:
+        (got,) = engine.run({name: value.numpy() for name, value in feeds.items()}).values()
+    np.testing.assert_allclose(got, model.module(**feeds).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "fixed"), [(1, True), (2, False)])

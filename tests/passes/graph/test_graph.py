@@ -200,6 +200,27 @@ def subtracted(m, x):
     return x - m.a(x)
 
 
+def summed_towers(m, x):
+    left, right = m.norm(x), torch.relu(m.c(x))
+    return (left + m.a(left)) + (right + m.b(right))
+
+
+def skip_beside_blocks(m, x):
+    y = x + m.a(x)
+    z = y * m.norm(y)
+    return x + (z + m.b(z))
+
+
+def scaled_long_skip(m, x):
+    y = x + m.a(m.norm(x))
+    return 0.5 * x + 0.5 * (y + m.b(m.norm(y)))
+
+
+def first_state_mixed_in(m, x):
+    y = 0.9 * (x + m.a(x)) + 0.1 * x
+    return 0.9 * (y + m.b(y)) + 0.1 * x
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
@@ -212,8 +233,12 @@ def subtracted(m, x):
         (two_readers, []),  # a dropped branch would still have a consumer
         (no_trunk, []),
         (other_shape, []),
-        (weighted, []),
-        (subtracted, []),
+        (weighted, ["a"]),
+        (subtracted, ["a"]),
+        (summed_towers, ["a", "b"]),
+        (skip_beside_blocks, ["a", "b"]),
+        (scaled_long_skip, ["a", "b"]),
+        (first_state_mixed_in, ["a", "b"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
