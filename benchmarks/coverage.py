@@ -231,6 +231,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | N
         return found | {"limitations": said} | compared_with_files(module, path, subject, real)
     several = any("arrays by the names of the inputs" in each for each in said)
     names = subject.model.inputs
+    if hasattr(subject.model.call, "arguments"):  # a vision encoder for images of one size
+        return found | {"limitations": said} | compared_of_one_size(module, path, subject.model)
     if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
     if any(name in names for name in LAYOUTS):
@@ -337,6 +339,23 @@ def compared_alone(module: Any, path: Path, model: Any) -> dict[str, Any]:
     kept = value if counts is None else np.concatenate([row[:size] for row, size in zip(value, counts, strict=True)])
     difference = float(np.abs(kept - expected).max() / np.abs(expected).max().clip(1e-6))
     return {"inputs": list(rows)} | _outcome([difference])
+
+
+def compared_of_one_size(module: Any, path: Path, model: Any) -> dict[str, Any]:
+    """Compare the file of a vision encoder for images of one size with its class, on three images that it packs."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    images, (shape,) = model.call, [each.shape for each in session.get_inputs()]
+    pixels = np.random.default_rng(5).standard_normal([ROWS, *shape[1:]]).astype(np.float32)
+    (value,) = session.run([model.answer], {"pixel_values": pixels})
+    joined = np.concatenate(pixels, -1 if shape[1] == 1 else 0)  # MiniCPM-V has its patches in a row
+    sizes = {name: torch.tensor(each * ROWS) for name, each in images.arguments.items()}
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(joined), **sizes)[model.answer].numpy().reshape(value.shape)
+    difference = float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
+    return {"inputs": ["pixel_values"]} | _outcome([difference])
 
 
 def _of_images(

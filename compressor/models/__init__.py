@@ -105,7 +105,8 @@ def load(
             **({"image_size": image_size} if source in ("timm", "transformers") else {}),
             **({"sequence_length": sequence_length} if source == "transformers" else {}),
         )
-    if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
+    of_images = model.preprocess.kind == "image" and model.source in ("timm", "transformers")
+    if image_size is not None and not (of_images or model.preprocess.sized):
         raise NoImageSizeError(
             f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
             f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
