@@ -12,6 +12,7 @@ import torch
 
 from compressor.choices import TASKS, ImageSize
 from compressor.models.base import (
+    LEFT_OUT,
     Model,
     ModelError,
     NoImageSizeError,
@@ -118,7 +119,7 @@ def load(
             f"{', its example inputs and its code set the length' * (model.source == 'module')}."
         )
     _check_finite(model)
-    if not cache and model.task != "text-generation":
+    if not cache and model.task != "text-generation" and LEFT_OUT not in model.limitations:
         raise ModelError(
             f"--no-cache is for language models, but the task of {model.name} is {model.task}; leave --no-cache out."
         )

@@ -33,7 +33,7 @@ IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_v
 # What forward takes in place of another input, or makes itself.
 OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
 NOISE = "noise"  # what a model draws at random if it is not given
-PAIR = 2  # images that a model compares
+COUNTS = (1, 2)  # images of a row: of a model of texts with images, and of one that compares a pair
 # Inputs with a row of numbers for each token or region, by the names of their widths in configs.
 ROWS = {
     "visual_feats": ("visual_feat_dim",),
@@ -95,16 +95,20 @@ class Form:
         return {0: "batch"} | {axis: SEQUENCE for axis, size in enumerate(self.shape, 1) if size == ANY}
 
 
-def wrap(loaded: Loaded) -> Model | None:
+def wrap(loaded: Loaded, *, only: str | None = None) -> Model | None:
     """Return the model with all inputs that it computes features of; None if no set of inputs is found.
 
     An encoder-decoder without a head is none of these: its decoder computes on tokens that come with a task.
+
+    Args:
+        loaded: the model.
+        only: name of the only output that is wanted; None for all.
 
     Raises:
         ModelError: a size of images is asked for.
     """
     module = loaded.module
-    found = None if _decodes_tokens(module) else _found(module)
+    found = None if _decodes_tokens(module) else _found(module, only)
     if found is None:
         return None
     forms, outputs = found
@@ -140,6 +144,7 @@ def wrap(loaded: Loaded) -> Model | None:
             *_limitations(module, names, outputs),
             *_of_several(module, example, outputs),
             *_of_clips(forms),
+            *_of_images(forms),
             *_of_one_length(tokens, asked=loaded.sequence_length is not None, fixed=any_length and not varies),
         ),
     )
@@ -173,6 +178,12 @@ def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
         if name in SOUND:
             size = " x ".join(map(str, form.shape))
             yield Limitation("length of the clips", f"the export takes only {name} of {size} values")
+
+
+def _of_images(forms: Mapping[str, Form]) -> Iterator[Limitation]:
+    """Yield the number of images of a row of a model that takes several, if one is taken."""
+    if any(name in IMAGES and len(form.shape) > len("CHW") and form.shape[0] == 1 for name, form in forms.items()):
+        yield Limitation("images", "the export takes one image for each row")
 
 
 def _of_one_length(tokens: int, *, asked: bool, fixed: bool) -> Iterator[Limitation]:
@@ -236,7 +247,7 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
         yield Form((channels, *size), "values")
         yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
-        yield Form((PAIR, channels, *size), "values")
+        yield from (Form((count, channels, *size), "values") for count in COUNTS)
     elif name in SOUND:
         yield from (Form(shape, "values") for shape in _beside_waveforms(module, name))
         yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
@@ -262,6 +273,8 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield from _of_series(config, name)
     elif name == "freq":
         yield Form((1,), "zeros")
+    elif name == "image_attention_mask":  # which images a token attends to
+        yield from (Form((ANY, count), "mask") for count in COUNTS)
     elif name == "attention_mask":
         yield Form((FRAMES,) if _reads_sound(module) else (ANY,), "mask")
     elif name == "token_type_ids":
@@ -301,7 +314,7 @@ def _of_series(config: Any, name: str) -> Iterator[Form]:
         yield from (Form((length + lag, size), kind) for size in numbers(config, ("input_size",)) if size > 1)
 
 
-def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
+def _found(module: Any, only: str | None) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     """Return the forms of the largest set of inputs with which a module gives features, and the names of these."""
     known = _known(module)
     taken = inspect.signature(module.forward).parameters.values()
@@ -313,6 +326,7 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
     for forms in itertools.islice(trials, TRIALS):
         outputs = _of_rows(module, forms, _runs(module, forms, 2, TOKENS))
+        outputs = tuple(name for name in outputs if only in (None, name))
         if outputs and not _unused(module, forms, outputs):
             return forms, outputs
     return None

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
-from compressor.models.vision_language.image_features import MASK, image_features
-from runtimes.base.vision_language import PIXELS
+from compressor.models.vision_language.image_features import MASK, image_features, source_of
+from runtimes.base.vision_language import PIXELS, QUERY_IDS, QUERY_MASK
 
+WORDS = (8, 5)  # tokens of the texts of the example that a Q-Former reads
 Rows = dict[str, npt.NDArray[Any]]
 Tensors = dict[str, torch.Tensor]
 
@@ -93,3 +94,36 @@ class OneSize:
     def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:
         """Return the example: the module takes the same inputs."""
         return example
+
+
+@dataclass(frozen=True)
+class Instructed(OneSize):
+    """Images of one size, of which queries read what a text asks for, as in InstructBLIP.
+
+    The text is in the tokens of the Q-Former: ``qformer_input_ids`` and ``qformer_attention_mask``, [rows, tokens].
+
+    Attributes:
+        vocabulary: number of tokens that the Q-Former knows.
+    """
+
+    vocabulary: int = 0
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Return the inputs in order with their dynamic axes."""
+        text = {0: "batch", 1: "instruction"}
+        return super().dynamic_axes | {QUERY_IDS: text, QUERY_MASK: text}
+
+    def example(self) -> Tensors:
+        """Return two rows of random images, with random texts of which the second is shorter."""
+        size = (len(WORDS), max(WORDS))
+        ids = torch.randint(0, self.vocabulary, size, generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(max(WORDS)) < torch.tensor(WORDS)[:, None]).long()
+        return super().example() | {QUERY_IDS: ids, QUERY_MASK: mask}
+
+    def features(self, module: Any, *images: torch.Tensor) -> torch.Tensor:
+        """Return the features of images, [rows, image tokens, width]."""
+        pixels, ids, mask = images
+        torch._check(pixels.shape[0] == ids.shape[0])
+        found = source_of(module).get_image_features(pixels, ids, mask, return_dict=True)
+        return found.pooler_output  # type: ignore[no-any-return]
