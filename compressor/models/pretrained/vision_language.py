@@ -18,12 +18,13 @@ from compressor.models.pretrained.processors import processor_of, save_vision_la
 from compressor.models.pretrained.text import max_length
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.padding import causal_padding
+from compressor.models.vision_language.image_features import sees_clips_alone
 from compressor.models.vision_language.images import Images, OneSize
 from compressor.models.vision_language.padded_grids import has_windows
 from compressor.models.vision_language.parts import OWN_MODULE, Parts, PartsError, parts_of
 from compressor.models.vision_language.patch_grids import PatchGrids
 from compressor.models.vision_language.processor import lead_of, prepare
-from runtimes.base.vision_language import grid_input
+from runtimes.base.vision_language import PIXELS, grid_input
 
 LOGITS = "logits"
 
@@ -65,8 +66,8 @@ def _in_one_file(loaded: Loaded) -> Model:
 
 
 def _has_placeholders(module: Any) -> bool:
-    """Return whether tokens of a text stand for its images, so that no other text can be a trial."""
-    return isinstance(getattr(module.config, "image_token_id", None), int)
+    """Return whether tokens of a text stand for its images or clips, so that no other text can be a trial."""
+    return any(isinstance(getattr(module.config, name, None), int) for name in ("image_token_id", "video_token_id"))
 
 
 def _without_cache(model: Model) -> Model:
@@ -93,11 +94,11 @@ def _in_parts(loaded: Loaded, parts: Parts) -> Model:
             as_numpy(parts.data_example),
             complete=parts.call.complete,
             image_text=None
-            if processor is None
+            if processor is None or sees_clips_alone(module)
             else partial(
                 prepare, processor, parts.call.images, parts.call.data_inputs, lead_of(processor, module.config)
             ),
-            placeholder=str(getattr(processor, "image_token", "")),
+            placeholder=str(getattr(processor, "video_token" if sees_clips_alone(module) else "image_token", "")),
             padding=0 if tokenizer is None else causal_padding(tokenizer, module.config.get_text_config()).token,
             tokenizer=type(processor).__name__,
             longest=max_length(module, tokenizer, {}),
@@ -129,7 +130,10 @@ def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
             "windows of the vision tower",
             "computed by masks, so a block with windows takes the time of one whose patches all attend to each other",
         )
-    if any(hasattr(part, "get_video_features") for part in (module, getattr(module, "model", None))):
+    if sees_clips_alone(module):
+        frames = f"in clips of {parts.data_example[PIXELS].shape[1]} frames"
+        yield Limitation("data", f"the model sees images {frames}, of which no data are read but random ones")
+    elif any(hasattr(part, "get_video_features") for part in (module, getattr(module, "model", None))):
         yield Limitation("videos", "the files take images and texts, no videos")
     if getattr(module.config, "audio_config", None) is not None:
         yield Limitation("sound", "the files take images and texts, no sound")

@@ -101,12 +101,15 @@ class Instructed(OneSize):
     """Images of one size, of which queries read what a text asks for, as in InstructBLIP.
 
     The text is in the tokens of the Q-Former: ``qformer_input_ids`` and ``qformer_attention_mask``, [rows, tokens].
+    Clips are ``pixel_values`` [rows, frames, channels, height, width], whose features stand behind each other.
 
     Attributes:
         vocabulary: number of tokens that the Q-Former knows.
+        frames: number of frames of a clip, of a model that sees clips; 0 for images.
     """
 
     vocabulary: int = 0
+    frames: int = 0
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
@@ -119,11 +122,15 @@ class Instructed(OneSize):
         size = (len(WORDS), max(WORDS))
         ids = torch.randint(0, self.vocabulary, size, generator=torch.Generator().manual_seed(0))
         mask = (torch.arange(max(WORDS)) < torch.tensor(WORDS)[:, None]).long()
-        return super().example() | {QUERY_IDS: ids, QUERY_MASK: mask}
+        frames = (self.frames,) if self.frames else ()
+        pixels = torch.randn(len(WORDS), *frames, *self.shape, generator=torch.Generator().manual_seed(0))
+        return {PIXELS: pixels, QUERY_IDS: ids, QUERY_MASK: mask}
 
     def features(self, module: Any, *images: torch.Tensor) -> torch.Tensor:
-        """Return the features of images, [rows, image tokens, width]."""
+        """Return the features of images or of all frames of clips, [rows, image tokens, width]."""
         pixels, ids, mask = images
         torch._check(pixels.shape[0] == ids.shape[0])
-        found = source_of(module).get_image_features(pixels, ids, mask, return_dict=True)
+        source = source_of(module)
+        compute = source.get_video_features if self.frames else source.get_image_features
+        found = compute(pixels, ids, mask, return_dict=True)
         return found.pooler_output  # type: ignore[no-any-return]

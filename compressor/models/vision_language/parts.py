@@ -24,7 +24,7 @@ from compressor.models.vision_language.call import (
     embedded,
     language_of,
 )
-from compressor.models.vision_language.image_features import MASK, source_of, takes_tiles
+from compressor.models.vision_language.image_features import MASK, sees_clips_alone, source_of, takes_tiles
 from compressor.models.vision_language.images import Images, Instructed, OneSize
 from compressor.models.vision_language.padded_images import padded_images
 from compressor.models.vision_language.padded_rows import placed_patches
@@ -38,6 +38,7 @@ KNOWN = {
 }  # fmt: skip
 PLACEHOLDERS = ("video_token_id", "audio_token_id", "vision_start_token_id", "audio_start_token_id")
 ROWS, WINDOW = 2, 2
+FRAMES = 4  # of a clip: InstructBLIP for videos takes no other number in transformers
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
@@ -84,14 +85,16 @@ def parts_of(module: Any, location: str) -> Parts:
     Raises:
         PartsError: the model takes images in another form, has no cache, or computes something else than the parts.
     """
-    image_token = getattr(module.config, "image_token_id", None)
-    source = source_of(module)
-    if not hasattr(source, "get_image_features") or not isinstance(image_token, int):
-        missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
+    clips = sees_clips_alone(module)
+    image_token = getattr(module.config, "video_token_id" if clips else "image_token_id", None)
+    compute = getattr(source_of(module), "get_video_features" if clips else "get_image_features", None)
+    if compute is None or not isinstance(image_token, int):
+        missing = f"no {'video' if clips else 'image'}_token_id in its config"
+        missing = missing if image_token is None else "no get_image_features"
         raise PartsError(module, location, f"has {missing}")
     if getattr(module.config, "use_decoder_only_language_model", True) is False:
         raise PartsError(module, location, "has a language model with an encoder, whose caches these files do not hold")
-    others = sorted(set(inspect.signature(source.get_image_features).parameters) - KNOWN)
+    others = sorted(set(inspect.signature(compute).parameters) - KNOWN)
     images = _images(module, location, others)
     pictures = images.example()
     try:
@@ -154,7 +157,10 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
         return found
     vocabulary = getattr(getattr(module.config, "qformer_config", None), "vocab_size", None)
     if others == sorted((QUERY_IDS, QUERY_MASK)) and isinstance(vocabulary, int):
-        return Instructed(_shape(module, location), tiled=False, vocabulary=vocabulary)
+        frames = FRAMES if sees_clips_alone(module) else 0
+        return Instructed(_shape(module, location), tiled=False, vocabulary=vocabulary, frames=frames)
+    if sees_clips_alone(module):
+        raise PartsError(module, location, "sees clips, and no text that tells it what to read of them")
     if others:
         raise PartsError(module, location, f"takes {' and '.join(others)} beside the pixels")
     return OneSize(_shape(module, location), takes_tiles(module))

@@ -129,6 +129,39 @@ def test_classes_that_look_placeholders_up_as_padding_embed_a_text_themselves(ki
     assert torch.equal(found, module.get_input_embeddings()(wanted))
 
 
+def clips(**fields):
+    """InstructBLIP for videos, whose queries read each of four frames."""
+    queries = config("instructblip")
+    own = {"vision_config": queries.vision_config.to_dict(), "qformer_config": queries.qformer_config.to_dict()}
+    own |= {"text_config": queries.text_config.to_dict(), "num_query_tokens": 4, "video_token_index": TOKEN}
+    return build_from(transformers.InstructBlipVideoConfig(**own | fields))
+
+
+def test_a_model_that_sees_clips_computes_what_its_class_does(tmp_path):
+    module = clips()
+    with quiet():
+        module.save_pretrained(tmp_path / "m")
+    model = models.load(str(tmp_path / "m"))
+    assert model.inputs[:3] == ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+    assert model.example["pixel_values"].shape[:2] == (2, 4)
+    assert [str(each) for each in model.limitations if each.feature == "data"] == [
+        "data: the model sees images in clips of 4 frames, of which no data are read but random ones."
+    ]
+    given = {name: torch.from_numpy(value)[[1, 0, 1]] for name, value in model.preprocess.example.items()}
+    feeds = model.preprocess.complete({name: value.numpy() for name, value in given.items()})
+    with torch.inference_mode():
+        expected = module(**given).logits
+    found = run(trace(model), {name: torch.from_numpy(feeds[name]) for name in model.inputs})[0]
+    kept = given["attention_mask"].bool()
+    assert (given["input_ids"] == TOKEN).sum(1).tolist() == [16] * 3
+    assert (found - expected)[kept].abs().max() <= CLOSE * expected[kept].abs().max()
+
+
+def test_clips_without_a_placeholder_are_refused():
+    with pytest.raises(ModelError, match=r"is a InstructBlipVideo\w*, which has no video_token_id in its config"):
+        parts_of(clips(video_token_index=None), "m")
+
+
 def thinker():
     """The thinker of Qwen2.5-Omni, which counts images by the tokens that start them, and takes sound besides."""
     text = {
