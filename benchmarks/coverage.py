@@ -426,7 +426,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
-    vocabulary = getattr(module.config.get_text_config(), "vocab_size", LETTERS) if "input_ids" in inputs else 0
+    vocabulary = _vocabulary(module) if "input_ids" in inputs else 0
     sound = any(name.startswith(("input_values", "input_features")) for name in inputs)
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
@@ -464,6 +464,14 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
     return feeds
+
+
+def _vocabulary(module: Any) -> int:
+    """Return the number of tokens that a model knows; of one with a language model as a part (PI0), that of it."""
+    own = getattr(module.config.get_text_config(), "vocab_size", None)
+    if own is None and hasattr(module.config, "vlm_config"):
+        return int(module.get_input_embeddings().weight.shape[0])
+    return int(own or LETTERS)
 
 
 def _parameters(module: Any) -> list[str]:

@@ -55,6 +55,9 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
 }
 HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
+PLACEHOLDERS = 4  # of an image, in a model that takes any number of them
+# Inputs with one row of numbers, or a number, for each row, by the names of their widths in configs.
+ROW = {"state": ("max_state_dim",)}
 TRIALS = 32  # calls until a model is given up
 
 Call = dict[str, torch.Tensor]
@@ -68,18 +71,24 @@ class Form:
         shape: sizes behind the axis of rows; `ANY` stands for the number of tokens.
         kind: what its values are: token ids below `limit`, places 0, 1, 2, ..., ones, zeros, or normal numbers.
         limit: number of token ids.
+        lead: token id of the first `PLACEHOLDERS` tokens, which stand for an image; None without any.
     """
 
     shape: tuple[int, ...]
     kind: Literal["ids", "places", "mask", "zeros", "values"]
     limit: int = 0
+    lead: int | None = None
 
     def values(self, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
         """Return seeded values, [rows, *shape]; the mask of the second row ends early, so that it is not constant."""
         size = (rows, *(each or tokens for each in self.shape))
         seeded = torch.Generator().manual_seed(seed)
         if self.kind == "ids":
-            return torch.randint(0, self.limit, size, generator=seeded)
+            ids = torch.randint(0, self.limit, size, generator=seeded)
+            if self.lead is not None:
+                ids[ids == self.lead] = (self.lead + 1) % self.limit
+                ids[:, :PLACEHOLDERS] = self.lead
+            return ids
         if self.kind == "places":
             return torch.arange(tokens).expand(size).clone()
         if self.kind == "values":
@@ -138,6 +147,7 @@ def wrap(loaded: Loaded, *, only: str | None = None) -> Model | None:
             as_numpy(example),
             varying={name: tuple(axis for axis in each if axis) for name, each in axes.items()},
             padded=loaded.sequence_length,
+            image_token=next((form.lead for form in forms.values() if form.lead is not None), None),
         ),
         save=partial(_save, module, _preprocessors(loaded, names)),
         limitations=(
@@ -241,6 +251,10 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         sizes = numbers(config, ("text_encoder_vocab_size",))
         yield from (Form((config.task_seq_len,), "ids", size) for size in sizes[:1])
     elif name.endswith(("input_ids", "task_inputs")):
+        lead = _image_token_of_part(config) if name == "input_ids" else None
+        if lead is not None:  # the config of the part may state another number than the table has
+            yield Form((ANY,), "ids", module.get_input_embeddings().weight.shape[0], lead)
+            return
         yield from (Form((ANY,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
     elif name in IMAGES:
         size, channels = configured_size(module), channels_of(module)
@@ -258,6 +272,14 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield from (Form((ANY, width), "values") for width in numbers(config, ROWS[name])[:1])
     elif name in SINGLE:
         yield Form((ANY, 1), "values")
+    elif name in ROW:
+        yield from (Form((width,), "values") for width in numbers(config, ROW[name]))
+    elif name == "timestep":
+        yield Form((), "values")
+    elif name == NOISE and hasattr(config, "max_action_dim"):  # of the actions of a robot
+        yield Form((config.chunk_size, config.max_action_dim), "values")
+    elif name == "pixel_attention_mask":  # which images of a row there are
+        yield from (Form((count,), "mask") for count in COUNTS)
     elif name == "timesteps":
         yield Form((ANY,), "places")
     elif name == NOISE and hasattr(config, "patch_size"):  # a number for each patch of an image
@@ -279,6 +301,12 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield Form((FRAMES,) if _reads_sound(module) else (ANY,), "mask")
     elif name == "token_type_ids":
         yield Form((ANY,), "zeros")
+
+
+def _image_token_of_part(config: Any) -> int | None:
+    """Return the token that stands for an image in a vision-language model that is a part of another one, as in PI0."""
+    parts = (part for part in vars(config).values() if getattr(part, "vision_config", None) is not None)
+    return next((token for part in parts if isinstance(token := getattr(part, "image_token_id", None), int)), None)
 
 
 def _reads_sound(module: Any) -> bool:

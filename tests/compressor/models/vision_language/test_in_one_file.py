@@ -17,7 +17,7 @@ from compressor.workspace.progress import Steps
 from tests.vision_language_models import build_from
 
 CLOSE = 1e-5  # relative; sums in another order
-VOCABULARY, SIDE = 48, 8
+VOCABULARY, SIDE, IMAGE, ACTIONS = 48, 8, 7, 6
 _SHARED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _IMAGES = {"image_size": SIDE, "patch_size": 4, "embed_dim": 32}
 
@@ -93,3 +93,42 @@ def test_a_model_that_reads_neither_is_refused_by_its_reason(tmp_path):
         models.load(str(tmp_path / "m"))
     with pytest.raises(ModelError, match=r"gives no logits of arrays of images and texts .*: leave --no-cache out"):
         models.load(str(tmp_path / "m"), cache=False)
+
+
+def policy():
+    """A small PI0: a vision-language model reads the image, and another decoder the actions of a robot."""
+    text = {**_SHARED, "vocab_size": VOCABULARY, "head_dim": 8, "num_key_value_heads": 2, "model_type": "gemma"}
+    vision = {**_SHARED, "image_size": SIDE, "patch_size": 4, "projection_dim": 32, "vision_use_head": False}
+    vlm = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**vision), text_config=text, image_token_index=IMAGE,
+        projection_dim=32, hidden_size=32,
+    )  # fmt: skip
+    config = transformers.PI0Config(
+        vlm_config=vlm, dit_config=text, chunk_size=ACTIONS, max_action_dim=3, max_state_dim=5
+    )
+    torch.manual_seed(0)
+    return transformers.PI0ForConditionalGeneration(config).eval()
+
+
+def test_a_policy_of_a_robot_reads_an_image_by_the_tokens_of_its_part(tmp_path):
+    module = policy()
+    module.save_pretrained(tmp_path / "m")
+    settings = Settings(model=str(tmp_path / "m"), data="random", drop="none", tokens="none")
+    subject = load(settings, Steps(None))
+    model = subject.model
+    names = ("state", "noise", "timestep", "input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
+    assert (model.inputs, model.outputs) == (names, ("logits",))
+    assert "KV cache" not in {each.feature for each in model.limitations}
+    batch = next(iter(subject.data.test.batches(2)))
+    assert ((batch.feeds["input_ids"] == IMAGE).sum(1) == 4).all()
+    lower(fold_graph(subject.graph), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = {name: torch.from_numpy(np.concatenate([batch.feeds[name]] * 2)[:3]) for name in names}
+    given["noise"] = torch.randn(3, ACTIONS, 3, generator=torch.Generator().manual_seed(2))
+    (found,) = session.run(["logits"], {name: value.numpy() for name, value in given.items()})
+    with torch.inference_mode():
+        expected = module(**given).logits.numpy()
+        other = module(**given | {"pixel_values": given["pixel_values"] + 1}).logits.numpy()
+    assert found.shape == (3, ACTIONS, 3)
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+    assert np.abs(other - expected).max() > CLOSE * np.abs(expected).max()  # the image matters
