@@ -231,6 +231,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | N
         return found | {"limitations": said} | compared_with_files(module, path, subject, real)
     several = any("arrays by the names of the inputs" in each for each in said)
     names = subject.model.inputs
+    if hasattr(subject.model.call, "arguments"):  # a vision encoder for images of one size
+        return found | {"limitations": said} | compared_of_one_size(module, path, subject.model)
     if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
     if any(name in names for name in LAYOUTS):
@@ -339,6 +341,23 @@ def compared_alone(module: Any, path: Path, model: Any) -> dict[str, Any]:
     return {"inputs": list(rows)} | _outcome([difference])
 
 
+def compared_of_one_size(module: Any, path: Path, model: Any) -> dict[str, Any]:
+    """Compare the file of a vision encoder for images of one size with its class, on three images that it packs."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    images, (shape,) = model.call, [each.shape for each in session.get_inputs()]
+    pixels = np.random.default_rng(5).standard_normal([ROWS, *shape[1:]]).astype(np.float32)
+    (value,) = session.run([model.answer], {"pixel_values": pixels})
+    joined = np.concatenate(pixels, -1 if shape[1] == 1 else 0)  # MiniCPM-V has its patches in a row
+    sizes = {name: torch.tensor(each * ROWS) for name, each in images.arguments.items()}
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(joined), **sizes)[model.answer].numpy().reshape(value.shape)
+    difference = float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
+    return {"inputs": ["pixel_values"]} | _outcome([difference])
+
+
 def _of_images(
     module: Any, rows: dict[str, np.ndarray], answer: str, longest: int
 ) -> tuple[np.ndarray, list[int] | None]:
@@ -407,7 +426,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
-    vocabulary = getattr(module.config.get_text_config(), "vocab_size", LETTERS) if "input_ids" in inputs else 0
+    vocabulary = _vocabulary(module) if "input_ids" in inputs else 0
     sound = any(name.startswith(("input_values", "input_features")) for name in inputs)
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
@@ -445,6 +464,14 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
     return feeds
+
+
+def _vocabulary(module: Any) -> int:
+    """Return the number of tokens that a model knows; of one with a language model as a part (PI0), that of it."""
+    own = getattr(module.config.get_text_config(), "vocab_size", None)
+    if own is None and hasattr(module.config, "vlm_config"):
+        return int(module.get_input_embeddings().weight.shape[0])
+    return int(own or LETTERS)
 
 
 def _parameters(module: Any) -> list[str]:

@@ -77,8 +77,9 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         fields["n_groups"] = 2
     if "conv_L_cache" in values and values.get("layer_types", 0) is None:  # LFM2-MoE: checkpoints list them
         fields["layer_types"] = ["conv", "full_attention"]
-    if "image_token_index" in values and values["image_token_index"] is None:  # BLIP-2: checkpoints have one
-        fields["image_token_index"] = 3
+    for name in ("image_token_index", "video_token_index"):
+        if name in values and values[name] is None:  # BLIP-2 and its successors: checkpoints have one
+            fields[name] = 3
     if "image_grid_pinpoints" in values:
         fields["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
     if isinstance(values.get("vision_feature_layer"), list):

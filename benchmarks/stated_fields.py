@@ -118,6 +118,8 @@ STATED: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
         },
     },
+    "IdeficsConfig": {"alpha_initializer": "ones"},  # of gates, which are 0 without training, so that no image is read
+    "InstructBlipVideoConfig": {"num_query_tokens": 8},  # for each of four frames; a text has 128 places
     "JanusVQVAEConfig": {
         "base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 64, "latent_channels": 32,
         "num_patches": 4, "num_res_blocks": 1, "image_token_embed_dim": 32, "projection_dim": 32,

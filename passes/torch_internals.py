@@ -15,16 +15,17 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import config
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx import config, traceback
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     StatelessSymbolicContext,
     guard_or_true,
     statically_known_true,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_structure
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "SOFTMAX",
     "UNSAFE_VIEWS",
     "FakeTensorMode",
+    "KnownValues",
     "OpOverload",
     "arguments",
     "enable_python_dispatcher",
@@ -73,6 +75,7 @@ __all__ = [
     "tree_structure",
     "uncached",
     "uncompiled",
+    "within_modules",
     "without_stack_traces",
 ]
 
@@ -246,6 +249,42 @@ def has_elements(tensor: torch.Tensor) -> bool:
     Reads `FakeTensor.constant`. Without it, a value computed from one constant could be taken for that of another.
     """
     return not isinstance(tensor, FakeTensor) or tensor.constant is not None
+
+
+class KnownValues(TorchFunctionMode):
+    """Computes functions of known values while torch.export traces the others, so that code can read their elements.
+
+    Known are tensors with elements that are no weights, and what is computed from them alone, such as places in an
+    image of a size that is known. Without it, torch.export traces these functions too, and a loop over their elements
+    fails. Uses `unset_fake_temporarily` and `disable_proxy_modes_tracing`, which are not documented.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function, without tracing it if all its arguments are known."""
+        named = kwargs or {}
+        if any(isinstance(each, (FakeTensor, torch.nn.Parameter, torch.SymInt)) for each in tree_leaves((args, named))):
+            return func(*args, **named)
+        with disable_proxy_modes_tracing(), unset_fake_temporarily():
+            return func(*args, **named)
+
+
+@contextlib.contextmanager
+def within_modules(stack: Any) -> Iterator[None]:
+    """Let what is traced belong to the modules of a node, ``nn_module_stack`` of its metadata; None changes nothing.
+
+    Sets `torch.fx.traceback.current_meta`. Without it, a site is not known by the path of its module.
+    """
+    if stack is None:
+        yield
+        return
+    with traceback.preserve_node_meta():
+        before, traceback.current_meta = traceback.current_meta, {"nn_module_stack": stack}
+        try:
+            yield
+        finally:
+            traceback.current_meta = before
 
 
 def storage_key(tensor: torch.Tensor) -> int:

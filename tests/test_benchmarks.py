@@ -1237,9 +1237,13 @@ def test_an_architecture_is_judged_by_its_own_class(tmp_path):
     texts = judged("llava_onevision", tmp_path / "llava_onevision")
     assert (texts["outcome"], texts["option"]) == ("passes", "--task text-generation")
     assert texts["difference"] < 1e-5
-    refused = judged("blip", tmp_path / "blip")
+    whole = judged("blip", tmp_path / "blip")
+    assert (whole["outcome"], whole["option"]) == ("passes", "--no-cache")
+    one_size = judged("hy_v4_vl_vision", tmp_path / "hy_v4_vl_vision")
+    assert (one_size["outcome"], one_size["inputs"]) == ("passes", ["pixel_values"])
+    refused = judged("kosmos-2", tmp_path / "kosmos-2")
     assert refused["outcome"] == "refused"
-    assert "is a BlipForConditionalGeneration, which has no image_token_id in its config" in refused["detail"]
+    assert "is a Kosmos2ForConditionalGeneration, which has no image_token_id in its config" in refused["detail"]
 
 
 @pytest.mark.parametrize(

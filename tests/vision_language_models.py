@@ -15,9 +15,13 @@ IMAGE, SIDE, PATCH = "<image>", 8, 4
 TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
 TILED = ("idefics3", "smolvlm")
-INPUTS = ("pixel_values", "pixel_attention_mask", "input_ids", "attention_mask")
+INPUTS = (
+    "pixel_values", "pixel_attention_mask", "qformer_input_ids", "qformer_attention_mask", "input_ids",
+    "attention_mask",
+)  # fmt: skip
 OUTPUTS = ("fc2", "out_proj", "o_proj", "down_proj", "proj")  # last maps of branches
-KINDS = ("llava", "idefics3", "smolvlm", "paligemma", "gemma3", "blip_2")
+KINDS = ("llava", "idefics3", "smolvlm", "paligemma", "gemma3", "blip_2", "instructblip")
+QUERIES = ("blip_2", "instructblip")  # whose processors put the image before every text
 GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 # A branch of the vision tower and an attention of the language model.
 DROPPED = {
@@ -26,8 +30,7 @@ DROPPED = {
     "smolvlm": ("model.vision_model.encoder.layers.0.self_attn", "model.text_model.layers.1.self_attn"),
     "paligemma": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
     "gemma3": ("model.vision_tower.encoder.layers.1.mlp", "model.language_model.layers.0.self_attn"),
-    "blip_2": ("vision_model.encoder.layers.0.mlp", "language_model.model.decoder.layers.0.self_attn"),
-}
+} | dict.fromkeys(QUERIES, ("vision_model.encoder.layers.0.mlp", "language_model.model.decoder.layers.0.self_attn"))
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "pad_token_id": 1,
@@ -69,9 +72,10 @@ def config(kind):
             mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=TOKEN + 1, eoi_token_index=TOKEN + 2,
             tie_word_embeddings=False,
         )  # fmt: skip
-    if kind == "blip_2":
+    if kind in QUERIES:
         text = {name: value for name, value in _TEXT.items() if name != "intermediate_size"}
-        return transformers.Blip2Config(
+        made = transformers.Blip2Config if kind == "blip_2" else transformers.InstructBlipConfig
+        return made(
             vision_config=_VISION | {"num_hidden_layers": 2},
             qformer_config={name: _VISION[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
             | {"num_hidden_layers": 2, "encoder_hidden_size": 32, "vocab_size": VOCABULARY},
@@ -139,8 +143,10 @@ def processor(kind):
         )
         images = transformers.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
         return transformers.Gemma3Processor(images, own, image_seq_length=4)
-    if kind == "blip_2":
+    if kind in QUERIES:
         images = transformers.BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+        if kind == "instructblip":
+            return transformers.InstructBlipProcessor(images, words(), tokenizer(), num_query_tokens=4)
         return transformers.Blip2Processor(images, words(), num_query_tokens=4)
     raise ValueError(kind)
 
@@ -166,7 +172,7 @@ def inputs(kind, words, rows=2):
     texts = [
         f"{IMAGE} " + " ".join(WORDS[(row + number) % len(WORDS)] for number in range(words)) for row in range(rows)
     ]
-    own = {"gemma3": GEMMA["boi_token"], "blip_2": ""}.get(kind, IMAGE)  # BLIP-2's puts the image before every text
+    own = {"gemma3": GEMMA["boi_token"], **dict.fromkeys(QUERIES, "")}.get(kind, IMAGE)
     texts = [text.replace(IMAGE, own) for text in texts]
     pictures = [[picture(row)] if kind == "gemma3" else picture(row) for row in range(rows)]
     found = processor(kind)(images=pictures, text=texts, return_tensors="np")

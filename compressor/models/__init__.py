@@ -12,6 +12,7 @@ import torch
 
 from compressor.choices import TASKS, ImageSize
 from compressor.models.base import (
+    LEFT_OUT,
     Model,
     ModelError,
     NoImageSizeError,
@@ -105,7 +106,8 @@ def load(
             **({"image_size": image_size} if source in ("timm", "transformers") else {}),
             **({"sequence_length": sequence_length} if source == "transformers" else {}),
         )
-    if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
+    of_images = model.preprocess.kind == "image" and model.source in ("timm", "transformers")
+    if image_size is not None and not (of_images or model.preprocess.sized):
         raise NoImageSizeError(
             f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
             f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
@@ -117,7 +119,7 @@ def load(
             f"{', its example inputs and its code set the length' * (model.source == 'module')}."
         )
     _check_finite(model)
-    if not cache and model.task != "text-generation":
+    if not cache and model.task != "text-generation" and LEFT_OUT not in model.limitations:
         raise ModelError(
             f"--no-cache is for language models, but the task of {model.name} is {model.task}; leave --no-cache out."
         )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
 RECOMPUTES = "so every new token recomputes the whole text"
+LEFT_OUT = Limitation("KV cache", f"left out by --no-cache, {RECOMPUTES}")
 PER_IMAGE = "logits_per_image"  # [images, texts]: the similarities of a model with two towers
 _UNREACHABLE = "the hub cannot be reached and no copy is cached; connect to the network, or pass a downloaded folder"
 

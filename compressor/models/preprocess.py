@@ -117,6 +117,7 @@ class Preprocess:
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
         padded: number of tokens to which every text is padded, or of samples or frames to which every clip is padded
             and cut; None for the longest of the batch.
+        sized: --image-size chooses the size of the images that arrays hold.
         template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
             no texts.
         image_text: converts an image and its text to the inputs of one row; None without a processor.
@@ -166,6 +167,7 @@ class Preprocess:
     varying: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decoder: DecoderSide | None = None
     padded: int | None = None
+    sized: bool = False
     template: str = ""
     image_text: Callable[[Image.Image, str], dict[str, npt.NDArray[Any]]] | None = None
     placeholder: str = ""

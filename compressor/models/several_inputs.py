@@ -33,7 +33,7 @@ IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_v
 # What forward takes in place of another input, or makes itself.
 OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
 NOISE = "noise"  # what a model draws at random if it is not given
-PAIR = 2  # images that a model compares
+COUNTS = (1, 2)  # images of a row: of a model of texts with images, and of one that compares a pair
 # Inputs with a row of numbers for each token or region, by the names of their widths in configs.
 ROWS = {
     "visual_feats": ("visual_feat_dim",),
@@ -55,6 +55,9 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
 }
 HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
+PLACEHOLDERS = 4  # of an image, in a model that takes any number of them
+# Inputs with one row of numbers, or a number, for each row, by the names of their widths in configs.
+ROW = {"state": ("max_state_dim",)}
 TRIALS = 32  # calls until a model is given up
 
 Call = dict[str, torch.Tensor]
@@ -68,18 +71,24 @@ class Form:
         shape: sizes behind the axis of rows; `ANY` stands for the number of tokens.
         kind: what its values are: token ids below `limit`, places 0, 1, 2, ..., ones, zeros, or normal numbers.
         limit: number of token ids.
+        lead: token id of the first `PLACEHOLDERS` tokens, which stand for an image; None without any.
     """
 
     shape: tuple[int, ...]
     kind: Literal["ids", "places", "mask", "zeros", "values"]
     limit: int = 0
+    lead: int | None = None
 
     def values(self, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
         """Return seeded values, [rows, *shape]; the mask of the second row ends early, so that it is not constant."""
         size = (rows, *(each or tokens for each in self.shape))
         seeded = torch.Generator().manual_seed(seed)
         if self.kind == "ids":
-            return torch.randint(0, self.limit, size, generator=seeded)
+            ids = torch.randint(0, self.limit, size, generator=seeded)
+            if self.lead is not None:
+                ids[ids == self.lead] = (self.lead + 1) % self.limit
+                ids[:, :PLACEHOLDERS] = self.lead
+            return ids
         if self.kind == "places":
             return torch.arange(tokens).expand(size).clone()
         if self.kind == "values":
@@ -95,16 +104,20 @@ class Form:
         return {0: "batch"} | {axis: SEQUENCE for axis, size in enumerate(self.shape, 1) if size == ANY}
 
 
-def wrap(loaded: Loaded) -> Model | None:
+def wrap(loaded: Loaded, *, only: str | None = None) -> Model | None:
     """Return the model with all inputs that it computes features of; None if no set of inputs is found.
 
     An encoder-decoder without a head is none of these: its decoder computes on tokens that come with a task.
+
+    Args:
+        loaded: the model.
+        only: name of the only output that is wanted; None for all.
 
     Raises:
         ModelError: a size of images is asked for.
     """
     module = loaded.module
-    found = None if _decodes_tokens(module) else _found(module)
+    found = None if _decodes_tokens(module) else _found(module, only)
     if found is None:
         return None
     forms, outputs = found
@@ -134,12 +147,14 @@ def wrap(loaded: Loaded) -> Model | None:
             as_numpy(example),
             varying={name: tuple(axis for axis in each if axis) for name, each in axes.items()},
             padded=loaded.sequence_length,
+            image_token=next((form.lead for form in forms.values() if form.lead is not None), None),
         ),
         save=partial(_save, module, _preprocessors(loaded, names)),
         limitations=(
             *_limitations(module, names, outputs),
             *_of_several(module, example, outputs),
             *_of_clips(forms),
+            *_of_images(forms),
             *_of_one_length(tokens, asked=loaded.sequence_length is not None, fixed=any_length and not varies),
         ),
     )
@@ -173,6 +188,12 @@ def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
         if name in SOUND:
             size = " x ".join(map(str, form.shape))
             yield Limitation("length of the clips", f"the export takes only {name} of {size} values")
+
+
+def _of_images(forms: Mapping[str, Form]) -> Iterator[Limitation]:
+    """Yield the number of images of a row of a model that takes several, if one is taken."""
+    if any(name in IMAGES and len(form.shape) > len("CHW") and form.shape[0] == 1 for name, form in forms.items()):
+        yield Limitation("images", "the export takes one image for each row")
 
 
 def _of_one_length(tokens: int, *, asked: bool, fixed: bool) -> Iterator[Limitation]:
@@ -230,13 +251,17 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         sizes = numbers(config, ("text_encoder_vocab_size",))
         yield from (Form((config.task_seq_len,), "ids", size) for size in sizes[:1])
     elif name.endswith(("input_ids", "task_inputs")):
+        lead = _image_token_of_part(config) if name == "input_ids" else None
+        if lead is not None:  # the config of the part may state another number than the table has
+            yield Form((ANY,), "ids", module.get_input_embeddings().weight.shape[0], lead)
+            return
         yield from (Form((ANY,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
     elif name in IMAGES:
         size, channels = configured_size(module), channels_of(module)
         yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
         yield Form((channels, *size), "values")
         yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
-        yield Form((PAIR, channels, *size), "values")
+        yield from (Form((count, channels, *size), "values") for count in COUNTS)
     elif name in SOUND:
         yield from (Form(shape, "values") for shape in _beside_waveforms(module, name))
         yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
@@ -247,6 +272,14 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield from (Form((ANY, width), "values") for width in numbers(config, ROWS[name])[:1])
     elif name in SINGLE:
         yield Form((ANY, 1), "values")
+    elif name in ROW:
+        yield from (Form((width,), "values") for width in numbers(config, ROW[name]))
+    elif name == "timestep":
+        yield Form((), "values")
+    elif name == NOISE and hasattr(config, "max_action_dim"):  # of the actions of a robot
+        yield Form((config.chunk_size, config.max_action_dim), "values")
+    elif name == "pixel_attention_mask":  # which images of a row there are
+        yield from (Form((count,), "mask") for count in COUNTS)
     elif name == "timesteps":
         yield Form((ANY,), "places")
     elif name == NOISE and hasattr(config, "patch_size"):  # a number for each patch of an image
@@ -262,10 +295,18 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
         yield from _of_series(config, name)
     elif name == "freq":
         yield Form((1,), "zeros")
+    elif name == "image_attention_mask":  # which images a token attends to
+        yield from (Form((ANY, count), "mask") for count in COUNTS)
     elif name == "attention_mask":
         yield Form((FRAMES,) if _reads_sound(module) else (ANY,), "mask")
     elif name == "token_type_ids":
         yield Form((ANY,), "zeros")
+
+
+def _image_token_of_part(config: Any) -> int | None:
+    """Return the token that stands for an image in a vision-language model that is a part of another one, as in PI0."""
+    parts = (part for part in vars(config).values() if getattr(part, "vision_config", None) is not None)
+    return next((token for part in parts if isinstance(token := getattr(part, "image_token_id", None), int)), None)
 
 
 def _reads_sound(module: Any) -> bool:
@@ -301,7 +342,7 @@ def _of_series(config: Any, name: str) -> Iterator[Form]:
         yield from (Form((length + lag, size), kind) for size in numbers(config, ("input_size",)) if size > 1)
 
 
-def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
+def _found(module: Any, only: str | None) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     """Return the forms of the largest set of inputs with which a module gives features, and the names of these."""
     known = _known(module)
     taken = inspect.signature(module.forward).parameters.values()
@@ -313,6 +354,7 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
     for forms in itertools.islice(trials, TRIALS):
         outputs = _of_rows(module, forms, _runs(module, forms, 2, TOKENS))
+        outputs = tuple(name for name in outputs if only in (None, name))
         if outputs and not _unused(module, forms, outputs):
             return forms, outputs
     return None

@@ -22,6 +22,7 @@ from compressor.models.audio.inputs import takes_series, takes_sound
 from compressor.models.base import Model, ModelError, OtherInputsError, load_error_reason, no_language_model
 from compressor.models.config_shapes import CLIPS, SOUND, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
+from compressor.models.one_size import one_grid
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, patches, sound, text, two_towers, video
 from compressor.models.pretrained import vision_language as pretrained_vision_language
@@ -440,6 +441,8 @@ def _of_task(loaded: Loaded) -> Model:
         return text.wrap(loaded)
     if patches.grid_argument(loaded.module) is not None:
         return patches.wrap(loaded)
+    if one_grid.reads_sizes(loaded.module):
+        return one_grid.wrap(loaded, "takes the sizes of its images beside the pixels")
     if (padded := padded_rows(loaded.module)) is not None:
         return patches.wrap_padded(loaded, padded)
     if takes_videos(loaded.module):

@@ -33,6 +33,8 @@ GRID, SHORT_GRID = "image_grid_thw", "grid_thw"
 SIZES = "image_sizes"  # height and width of each image in pixels, before it was cut into tiles
 SHAPES = "spatial_shapes"  # height and width of each image in patches
 PLACES = "image_position_ids"  # column and row of each patch, -1 at padding
+# The tokens of the text that the queries of a Q-Former read with the image, as in InstructBLIP.
+QUERY_IDS, QUERY_MASK = "qformer_input_ids", "qformer_attention_mask"
 LAYOUTS = (GRID, SIZES, SHAPES, PLACES)  # inputs that tell how the pixels of an image lie
 # Values at which the graph of a whole model is cut; in the files, the embeddings of tokens are inputs_embeds too.
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
@@ -45,7 +47,7 @@ Array = npt.NDArray[Any]
 
 def is_image(name: str) -> bool:
     """Return whether an input of the whole model is one of the vision encoder, such as ``pixel_attention_mask``."""
-    return name.startswith("pixel_") or name in LAYOUTS
+    return name.startswith("pixel_") or name in (*LAYOUTS, QUERY_IDS, QUERY_MASK)
 
 
 def grid_input(model_type: str) -> str:

@@ -99,7 +99,7 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
 
 def _vision_config(module: Any) -> Any:
     """Return the config of the part of a model that reads the images: that with their size, if one states it."""
-    config = module.config
+    config = getattr(module.config, "vlm_config", module.config)  # PI0 has a vision-language model as a part
     part = next(
         (part for name in ("vision_config", "image_config", "encoder") if (part := getattr(config, name, None))), config
     )

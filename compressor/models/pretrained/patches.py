@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy
+from compressor.models.base import Model, as_numpy
+from compressor.models.one_size import one_grid
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import image_processor, save
@@ -35,8 +36,10 @@ def grid_argument(module: Any) -> str | None:
 def wrap(loaded: Loaded) -> Model:
     """Return the model: its output is one feature for each square of patches, padded with zeros behind.
 
+    An encoder that cannot read images of several sizes as rows takes those of one size.
+
     Raises:
-        ModelError: the encoder cannot read images as rows.
+        ModelError: the encoder cannot read images of one size either.
     """
     module, names = loaded.module, list[str]()
 
@@ -47,10 +50,7 @@ def wrap(loaded: Loaded) -> Model:
 
     images = shaped(module.config, encode)
     if isinstance(images, str):
-        raise ModelError(
-            f"{loaded.location} is a {type(module).__name__}, which {images}; pass it as a module of your own, "
-            "package.module:factory, with example inputs."
-        )
+        return one_grid.wrap(loaded, images)
     example, inputs = images.example(), tuple(images.dynamic_axes)
     return Model(
         **loaded.fields,

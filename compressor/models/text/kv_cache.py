@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from compressor.limitations import Limitation
-from compressor.models.base import RECOMPUTES, Model, UndetectedCacheError, first_line
+from compressor.models.base import LEFT_OUT, RECOMPUTES, Model, UndetectedCacheError, first_line
 from compressor.models.text.probe import TOKENS, calling, computes_with, text
 
 Feeds = dict[str, npt.NDArray[Any]]
@@ -34,7 +34,6 @@ PAST_TOKENS = 5  # cache length of the example; torch.export treats the sizes 0 
 # Name of the cache in the arguments and outputs of a decoder: since transformers 5.24, and in earlier releases.
 CACHE_NAMES = ("cache", "past_key_values")
 MATRIX = 4  # axes of keys and values
-LEFT_OUT = Limitation("KV cache", f"left out by --no-cache, {RECOMPUTES}")
 NEVER = Limitation("KV cache", f"the class of transformers has none, {RECOMPUTES}")
 STATES = ("use_cache", *CACHE_NAMES, "mems", "state")  # arguments with which a class is given what it computed before
 

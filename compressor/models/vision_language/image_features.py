@@ -31,6 +31,12 @@ def source_of(module: Any) -> Any:
     return module if hasattr(module, "get_image_features") else getattr(module, "model", module)
 
 
+def sees_clips_alone(module: Any) -> bool:
+    """Return whether a model computes features of clips, ``get_video_features``, and none of images."""
+    source = source_of(module)
+    return hasattr(source, "get_video_features") and not hasattr(source, "get_image_features")
+
+
 def takes_tiles(module: Any) -> bool:
     """Return whether images are cut into tiles, as in Idefics3: [rows, tiles, channels, height, width] with a mask."""
     return MASK in inspect.signature(source_of(module).get_image_features).parameters

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
-from compressor.models.vision_language.image_features import MASK, image_features
-from runtimes.base.vision_language import PIXELS
+from compressor.models.vision_language.image_features import MASK, image_features, source_of
+from runtimes.base.vision_language import PIXELS, QUERY_IDS, QUERY_MASK
 
+WORDS = (8, 5)  # tokens of the texts of the example that a Q-Former reads
 Rows = dict[str, npt.NDArray[Any]]
 Tensors = dict[str, torch.Tensor]
 
@@ -93,3 +94,43 @@ class OneSize:
     def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:
         """Return the example: the module takes the same inputs."""
         return example
+
+
+@dataclass(frozen=True)
+class Instructed(OneSize):
+    """Images of one size, of which queries read what a text asks for, as in InstructBLIP.
+
+    The text is in the tokens of the Q-Former: ``qformer_input_ids`` and ``qformer_attention_mask``, [rows, tokens].
+    Clips are ``pixel_values`` [rows, frames, channels, height, width], whose features stand behind each other.
+
+    Attributes:
+        vocabulary: number of tokens that the Q-Former knows.
+        frames: number of frames of a clip, of a model that sees clips; 0 for images.
+    """
+
+    vocabulary: int = 0
+    frames: int = 0
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Return the inputs in order with their dynamic axes."""
+        text = {0: "batch", 1: "instruction"}
+        return super().dynamic_axes | {QUERY_IDS: text, QUERY_MASK: text}
+
+    def example(self) -> Tensors:
+        """Return two rows of random images, with random texts of which the second is shorter."""
+        size = (len(WORDS), max(WORDS))
+        ids = torch.randint(0, self.vocabulary, size, generator=torch.Generator().manual_seed(0))
+        mask = (torch.arange(max(WORDS)) < torch.tensor(WORDS)[:, None]).long()
+        frames = (self.frames,) if self.frames else ()
+        pixels = torch.randn(len(WORDS), *frames, *self.shape, generator=torch.Generator().manual_seed(0))
+        return {PIXELS: pixels, QUERY_IDS: ids, QUERY_MASK: mask}
+
+    def features(self, module: Any, *images: torch.Tensor) -> torch.Tensor:
+        """Return the features of images or of all frames of clips, [rows, image tokens, width]."""
+        pixels, ids, mask = images
+        torch._check(pixels.shape[0] == ids.shape[0])
+        source = source_of(module)
+        compute = source.get_video_features if self.frames else source.get_image_features
+        found = compute(pixels, ids, mask, return_dict=True)
+        return found.pooler_output  # type: ignore[no-any-return]

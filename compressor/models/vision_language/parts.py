@@ -24,13 +24,13 @@ from compressor.models.vision_language.call import (
     embedded,
     language_of,
 )
-from compressor.models.vision_language.image_features import MASK, source_of, takes_tiles
-from compressor.models.vision_language.images import Images, OneSize
+from compressor.models.vision_language.image_features import MASK, sees_clips_alone, source_of, takes_tiles
+from compressor.models.vision_language.images import Images, Instructed, OneSize
 from compressor.models.vision_language.padded_images import padded_images
 from compressor.models.vision_language.padded_rows import placed_patches
 from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
 from compressor.models.vision_language.tile_grids import tile_grids
-from runtimes.base.vision_language import GRID, PIXELS, PLACES, SIZES
+from runtimes.base.vision_language import GRID, PIXELS, PLACES, QUERY_IDS, QUERY_MASK, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
 KNOWN = {
@@ -38,6 +38,7 @@ KNOWN = {
 }  # fmt: skip
 PLACEHOLDERS = ("video_token_id", "audio_token_id", "vision_start_token_id", "audio_start_token_id")
 ROWS, WINDOW = 2, 2
+FRAMES = 4  # of a clip: InstructBLIP for videos takes no other number in transformers
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
@@ -60,30 +61,40 @@ def is_vision_language(architecture: str) -> bool:
     return architecture in {name for value in values for name in ((value,) if isinstance(value, str) else value)}
 
 
-def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
+class PartsError(ModelError):
+    """A vision-language model that cannot be exported in parts.
+
+    Attributes:
+        reason: why, a clause without a full stop.
+        texts_alone: it can be exported for texts alone.
+    """
+
+    def __init__(self, module: Any, location: str, reason: str) -> None:
+        self.reason, self.texts_alone = reason, reads_texts_alone(module)
+        other = TEXTS_ALONE if self.texts_alone else OWN_MODULE
+        super().__init__(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}, or {other}.")
+
+
+def parts_of(module: Any, location: str) -> Parts:
     """Return how a vision-language model is called and evaluated.
 
     Args:
         module: the model.
         location: name of the model in messages.
-        cache: whether to trace it with its cache.
 
     Raises:
-        ModelError: the model takes images in another form, has no cache, or computes something else than the parts.
+        PartsError: the model takes images in another form, has no cache, or computes something else than the parts.
     """
-    if not cache:
-        raise ModelError(
-            f"--no-cache is for causal language models; {location} is a vision-language model, whose files hold the "
-            "cache: leave --no-cache out."
-        )
-    image_token = getattr(module.config, "image_token_id", None)
-    source = source_of(module)
-    if not hasattr(source, "get_image_features") or not isinstance(image_token, int):
-        missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
-        raise _refused(module, location, f"has {missing}")
+    clips = sees_clips_alone(module)
+    image_token = getattr(module.config, "video_token_id" if clips else "image_token_id", None)
+    compute = getattr(source_of(module), "get_video_features" if clips else "get_image_features", None)
+    if compute is None or not isinstance(image_token, int):
+        missing = f"no {'video' if clips else 'image'}_token_id in its config"
+        missing = missing if image_token is None else "no get_image_features"
+        raise PartsError(module, location, f"has {missing}")
     if getattr(module.config, "use_decoder_only_language_model", True) is False:
-        raise _refused(module, location, "has a language model with an encoder, whose caches these files do not hold")
-    others = sorted(set(inspect.signature(source.get_image_features).parameters) - KNOWN)
+        raise PartsError(module, location, "has a language model with an encoder, whose caches these files do not hold")
+    others = sorted(set(inspect.signature(compute).parameters) - KNOWN)
     images = _images(module, location, others)
     pictures = images.example()
     try:
@@ -91,16 +102,16 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
             features = images.features(module, *pictures.values())
     except Exception as error:  # modules raise errors of all kinds
         shape = list(pictures[PIXELS].shape)
-        raise _refused(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
+        raise PartsError(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
     images = images.of_length(features.shape[1])
     try:
         module.get_input_embeddings()
     except NotImplementedError as error:
-        raise _refused(module, location, "names no table of its token embeddings (get_input_embeddings)") from error
+        raise PartsError(module, location, "names no table of its token embeddings (get_input_embeddings)") from error
     try:
         causal = detect_cache(language_of(module), ("input_ids", "attention_mask"))
     except NoCacheError as error:
-        raise _refused(module, location, f"has no cache that can be detected: {error}") from error
+        raise PartsError(module, location, f"has no cache that can be detected: {error}") from error
     counts = [images.tokens({name: value[row] for name, value in pictures.items()}) for row in range(ROWS)]
     example = pictures | _tokens(module, image_token, counts)
     types = _token_types(module, images, example, image_token)
@@ -127,16 +138,11 @@ def _embeds_itself(module: Any, image_token: int) -> bool:
         return False
 
 
-def _refused(module: Any, location: str, reason: str) -> ModelError:
-    other = TEXTS_ALONE if reads_texts_alone(module) else OWN_MODULE
-    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}, or {other}.")
-
-
 def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     """Return the form of the images of a module, given the arguments of its features beside the pixels.
 
     Raises:
-        ModelError: it is none that is known.
+        PartsError: it is none that is known.
     """
     forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {
         (GRID,): patch_grids,
@@ -147,19 +153,34 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     if form is not None:
         found = form(module)
         if isinstance(found, str):
-            raise _refused(module, location, found)
+            raise PartsError(module, location, found)
         return found
+    vocabulary = getattr(getattr(module.config, "qformer_config", None), "vocab_size", None)
+    if others == sorted((QUERY_IDS, QUERY_MASK)) and isinstance(vocabulary, int):
+        frames = FRAMES if sees_clips_alone(module) else 0
+        return Instructed(_shape(module, location), tiled=False, vocabulary=vocabulary, frames=frames)
+    if sees_clips_alone(module):
+        raise PartsError(module, location, "sees clips, and no text that tells it what to read of them")
     if others:
-        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels")
+        raise PartsError(module, location, f"takes {' and '.join(others)} beside the pixels")
+    return OneSize(_shape(module, location), takes_tiles(module))
+
+
+def _shape(module: Any, location: str) -> tuple[int, int, int]:
+    """Return channels, height and width of the images of a module.
+
+    Raises:
+        PartsError: its config does not state them.
+    """
     vision = getattr(module.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
+        return getattr(vision, "num_channels", 3), height, width
     shape = _shape_of_timm(module)
     if shape is None:
-        raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
-    return OneSize(shape, takes_tiles(module))
+        raise PartsError(module, location, "has no image_size in the vision_config of its config, as its images vary")
+    return shape
 
 
 def _shape_of_timm(module: Any) -> tuple[int, int, int] | None:
@@ -263,14 +284,14 @@ def _same(
     """Return the first of some calls whose parts compute together what the module computes.
 
     Raises:
-        ModelError: the logits of all differ, or the module fails on its example.
+        PartsError: the logits of all differ, or the module fails on its example.
     """
     differences = []
     for call in calls:
         differences.append(_difference(call, module, example, types, location))
         if differences[-1] <= SAME:
             return call
-    raise _refused(
+    raise PartsError(
         module,
         location,
         f"computes other logits than its vision tower, projector and language model do one after the other (by "
@@ -295,7 +316,7 @@ def _difference(
     """Return the largest difference between the logits of a call and of its module, relative to the largest.
 
     Raises:
-        ModelError: one of them fails.
+        PartsError: one of them fails.
     """
     tokens = example["input_ids"].shape[1]
     empty = call.complete({name: value.numpy() for name, value in example.items()})
@@ -306,6 +327,6 @@ def _difference(
             expected = module(**arguments, **types).logits
             found = call.call(module, *feeds)[0]
     except Exception as error:  # modules raise errors of all kinds
-        raise _refused(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error
+        raise PartsError(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error
     kept = example["attention_mask"].bool()
     return float((found - expected)[kept].abs().max() / expected[kept].abs().max().clamp(min=1e-12))

@@ -138,13 +138,13 @@ def shaped(config: Any, encode: Callable[[torch.Tensor, torch.Tensor], Sequence[
 
 def _shapes(config: Any) -> Iterator[tuple[int, ...]]:
     """Yield shapes of the values of a patch."""
-    channels, side = _first(config, CHANNELS, 3), _first(config, ("patch_size",), 0)
+    channels, side = first_of(config, CHANNELS, 3), first_of(config, ("patch_size",), 0)
     if side:
-        yield (channels * _first(config, FRAMES, 1) * side**2,)
+        yield (channels * first_of(config, FRAMES, 1) * side**2,)
         yield (channels, side, side)
 
 
-def _first(config: Any, names: Sequence[str], otherwise: int) -> int:
+def first_of(config: Any, names: Sequence[str], otherwise: int) -> int:
     """Return the first of some sizes that a config has; of a size of several axes, the first."""
     found = next((size for name in names if (size := getattr(config, name, None)) is not None), otherwise)
     return int(found if isinstance(found, int) else found[0])

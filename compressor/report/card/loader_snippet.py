@@ -24,6 +24,7 @@ from runtimes.base.vision_language import (
     PIXELS,
     PLACES,
     POSITIONS,
+    QUERY_IDS,
     READS_IDS,
     SIZES,
     grid_input,
@@ -46,6 +47,7 @@ OPTIMUM = {  # the class of Optimum for the files of an encoder-decoder
     "automatic-speech-recognition": "ORTModelForSpeechSeq2Seq",
     "image-to-text": "ORTModelForVision2Seq",
 }
+CLIPS = 5  # axes of clips: rows, frames, channels, height and width
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
 # The model types of vision-language models whose classes in transformers.js 4.3 take the files as they are written.
 JAVASCRIPT = ("llava", "idefics3", "smolvlm", "paligemma", "qwen2_vl", "qwen2_5_vl")
@@ -229,7 +231,8 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
 def _vision_language(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
-    processor = preprocessing_recipe.processes_images_and_texts(folder)
+    clips = QUERY_IDS in timed and len(timed[PIXELS]) == CLIPS
+    processor = preprocessing_recipe.processes_images_and_texts(folder) and not clips
     facts, config = read_facts(folder / FACTS), read_config(folder, "config.json")
     enclosing = [config[name] for name in ENCLOSING if name in config]
     arrays = {name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")}
@@ -251,6 +254,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         indices=indices,
         reads_ids=READS_IDS in facts,
         sizes=SIZES in timed,
+        instructed=QUERY_IDS in timed,
         columns=_columns(timed, content["generation"]["images"]),
         queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),

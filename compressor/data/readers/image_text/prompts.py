@@ -21,7 +21,7 @@ from compressor.limitations import Limitation
 from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import special_kind
-from runtimes.base.vision_language import PLACES, SIZES
+from runtimes.base.vision_language import PLACES, QUERY_IDS, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +216,8 @@ class _Prompts:
     def _store(self, found: Feeds, index: int) -> None:
         self.tokens[index] = found["input_ids"]
         first = self.preprocess.inputs[0]
-        if found[first].ndim == CHANNELS and SIZES not in found:  # tiles vary in number, and some images in size
+        alone = not any(name in found for name in (SIZES, QUERY_IDS))  # other inputs vary with the size or the text
+        if found[first].ndim == CHANNELS and alone:  # tiles vary in number
             if first not in self.pixels:
                 self.pixels[first] = Store(found[first].shape, found[first].dtype)
             self.pixels[first].put(index, found[first])

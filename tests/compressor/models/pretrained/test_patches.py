@@ -10,7 +10,6 @@ from compressor import models
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
-from compressor.models import ModelError
 from compressor.models.pretrained.patches import features_of
 from compressor.models.vision_language.padded_rows import own_states
 from compressor.models.vision_language.patch_grids import without_padding
@@ -95,15 +94,6 @@ def test_what_is_left_out_is_said(tmp_path):
         "windows": {"preprocessing", "windows of the vision tower"},
         "gathered positions": {"preprocessing", "deepstack_features"},
     }
-
-
-def test_an_encoder_that_reads_sizes_in_python_is_refused(tmp_path):
-    lfm = transformers.AutoConfig.for_model("lfm3_vl_vision", patch_size=PATCH, **SMALL)
-    folder = saved(transformers.AutoModel.from_config(lfm), tmp_path / "m")
-    with pytest.raises(
-        ModelError, match=r"is a Lfm3VlVisionModel, which .* as rows \(.*it reads the sizes of images in"
-    ):
-        models.load(folder)
 
 
 # Height and width of images in patches, smaller and larger than those that are traced.

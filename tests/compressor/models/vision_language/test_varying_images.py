@@ -22,7 +22,7 @@ SIZES = ((8, 8), (8, 40), (40, 8), (24, 40), (29, 17), (17, 29), (64, 12), (33, 
 @functools.cache
 def module_and_images(kind):
     module = build(kind)
-    return module, parts_of(module, "m", cache=True).call.images
+    return module, parts_of(module, "m").call.images
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,7 +47,9 @@ def test_the_task_and_the_inputs(kind, shared):
     model = loaded(kind, shared)
     images = model.inputs[: model.inputs.index("input_ids")]
     assert model.task == VISION_LANGUAGE
-    assert images == (("pixel_values", "pixel_attention_mask") if kind in TILED else ("pixel_values",))
+    others = ("pixel_attention_mask",) if kind in TILED else ()
+    others += ("qformer_input_ids", "qformer_attention_mask") if kind == "instructblip" else ()
+    assert images == ("pixel_values", *others)
     assert model.preprocess.image_token == TOKEN
     assert model.preprocess.bidirectional == (kind == "paligemma")
 
@@ -120,11 +122,44 @@ def test_features_are_placed_as_transformers_does():
 def test_classes_that_look_placeholders_up_as_padding_embed_a_text_themselves(kind, own):
     """A generated text may hold the placeholder of a video, which Gemma 4 looks up as padding."""
     module = varying_images.build(kind)
-    assert parts_of(module, "m", cache=True).call.embeds_itself == own
+    assert parts_of(module, "m").call.embeds_itself == own
     found, *_ = embedded(module, torch.tensor([[5, varying_images.TOKEN]]))
     padding = module.config.get_text_config().pad_token_id
     wanted = torch.tensor([[5, padding if own else varying_images.TOKEN]])
     assert torch.equal(found, module.get_input_embeddings()(wanted))
+
+
+def clips(**fields):
+    """InstructBLIP for videos, whose queries read each of four frames."""
+    queries = config("instructblip")
+    own = {"vision_config": queries.vision_config.to_dict(), "qformer_config": queries.qformer_config.to_dict()}
+    own |= {"text_config": queries.text_config.to_dict(), "num_query_tokens": 4, "video_token_index": TOKEN}
+    return build_from(transformers.InstructBlipVideoConfig(**own | fields))
+
+
+def test_a_model_that_sees_clips_computes_what_its_class_does(tmp_path):
+    module = clips()
+    with quiet():
+        module.save_pretrained(tmp_path / "m")
+    model = models.load(str(tmp_path / "m"))
+    assert model.inputs[:3] == ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+    assert model.example["pixel_values"].shape[:2] == (2, 4)
+    assert [str(each) for each in model.limitations if each.feature == "data"] == [
+        "data: the model sees images in clips of 4 frames, of which no data are read but random ones."
+    ]
+    given = {name: torch.from_numpy(value)[[1, 0, 1]] for name, value in model.preprocess.example.items()}
+    feeds = model.preprocess.complete({name: value.numpy() for name, value in given.items()})
+    with torch.inference_mode():
+        expected = module(**given).logits
+    found = run(trace(model), {name: torch.from_numpy(feeds[name]) for name in model.inputs})[0]
+    kept = given["attention_mask"].bool()
+    assert (given["input_ids"] == TOKEN).sum(1).tolist() == [16] * 3
+    assert (found - expected)[kept].abs().max() <= CLOSE * expected[kept].abs().max()
+
+
+def test_clips_without_a_placeholder_are_refused():
+    with pytest.raises(ModelError, match=r"is a InstructBlipVideo\w*, which has no video_token_id in its config"):
+        parts_of(clips(video_token_index=None), "m")
 
 
 def thinker():
@@ -149,7 +184,7 @@ def thinker():
 
 
 def test_the_thinker_of_qwen2_5_omni_has_a_cache_and_positions_on_three_axes():
-    call = parts_of(build_from(thinker()), "m", cache=True).call
+    call = parts_of(build_from(thinker()), "m").call
     assert call.merge == 2
     assert call.causal.derived_inputs == ("position_ids",)
     assert len(call.causal.sizes) == 2
@@ -177,7 +212,7 @@ def test_a_tower_of_timm_tells_the_size_of_its_images():
     }  # fmt: skip
     text = config("llava").text_config.to_dict() | {"model_type": "qwen2"}
     found = transformers.FastVlmConfig(text_config=text, vision_config=vision, image_token_index=TOKEN)
-    images = parts_of(build_from(found), "m", cache=True).call.images
+    images = parts_of(build_from(found), "m").call.images
     assert (images.shape, images.each) == ((3, 64, 64), 4)
 
 
@@ -196,7 +231,7 @@ def test_patches_without_a_vision_tower_are_image_tokens(window):
         text_config=text, vision_config=vision, audio_config=None, image_token_id=TOKEN, video_token_id=TOKEN + 1,
         audio_token_id=TOKEN + 2, tie_word_embeddings=False,
     )  # fmt: skip
-    call = parts_of(build_from(found), "m", cache=True).call
+    call = parts_of(build_from(found), "m").call
     assert (call.images.values, call.images.merge) == (48, 1)
     assert call.beyond_window
 
@@ -206,7 +241,7 @@ def test_a_window_keeps_tokens_of_gemma3_from_others_of_their_image(window):
     """It is told apart from Gemma 4 Unified whether the image of the example is larger than the window or not."""
     found = config("gemma3")
     found.vision_config.image_size, found.mm_tokens_per_image, found.text_config.sliding_window = 16, 16, window
-    call = parts_of(build_from(found), "m", cache=True).call
+    call = parts_of(build_from(found), "m").call
     assert (call.within_images, call.beyond_window) == (("full_attention", "sliding_attention"), False)
 
 
@@ -268,7 +303,7 @@ def test_models_whose_images_have_another_form_are_refused_by_what_they_take(kin
     make, reason = REFUSED[kind]
     module = make().eval()
     with pytest.raises(ModelError, match=f"m is a {type(module).__name__}, which {reason}"):
-        parts_of(module, "m", cache=True)
+        parts_of(module, "m")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +317,7 @@ def test_configs_that_do_not_fit_are_refused(change, reason):
     module = build("llava")
     change(module)
     with pytest.raises(ModelError, match=reason):
-        parts_of(module, "m", cache=True)
+        parts_of(module, "m")
 
 
 def test_a_module_that_computes_something_else_is_refused():
@@ -291,7 +326,7 @@ def test_a_module_that_computes_something_else_is_refused():
     counted = iter(range(100))
     module.lm_head.register_forward_hook(lambda layer, args, output: output * (1 + next(counted)))
     with pytest.raises(ModelError, match="computes other logits than its vision tower, projector and lan"):
-        parts_of(module, "m", cache=True)
+        parts_of(module, "m")
 
 
 def test_a_class_without_a_table_of_tokens_is_refused(monkeypatch):
@@ -302,11 +337,11 @@ def test_a_class_without_a_table_of_tokens_is_refused(monkeypatch):
 
     monkeypatch.setattr(module, "get_input_embeddings", absent)
     with pytest.raises(ModelError, match=r"names no table of its token embeddings \(get_input_embeddings\)"):
-        parts_of(module, "m", cache=True)
+        parts_of(module, "m")
 
 
-def test_no_cache_is_refused(shared):
-    with pytest.raises(ModelError, match=r"--no-cache is for causal language models; .*llava is a vision-language"):
+def test_without_a_cache_a_model_whose_placeholders_are_in_the_text_is_refused(shared):
+    with pytest.raises(ModelError, match=r"is a Llava\w*, which gives no logits of arrays .*: leave --no-cache out"):
         models.load(str(saved("llava", shared)), cache=False)
 
 
