@@ -60,7 +60,7 @@ HEADS = (
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
 # Classes whose small random convolutions give all candidates one score, depths of 1e-8, or features of length 0.
-TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align")
+TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align", "edgetam")
 GENERATION = "text-generation"  # of texts alone, by the class itself
 LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself

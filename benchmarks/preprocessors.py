@@ -193,7 +193,9 @@ def _feature_extractor(config: Any) -> Any:
     kind = _listed(FEATURE_EXTRACTOR_MAPPING, config)
     if kind is None:
         return None
-    channels = next((value for name in CHANNELS if isinstance(value := getattr(config, name, None), int)), None)
+    parts = (config, getattr(config, "audio_config", None))
+    stated = (getattr(part, name, None) for part in parts for name in CHANNELS)
+    channels = next((value for value in stated if isinstance(value, int)), None)
     taken = inspect.signature(kind.__init__).parameters
     names = [name for name in ("num_mel_bins", "feature_size") if name in taken]
     fields = {names[0]: channels} if names and channels is not None else {}

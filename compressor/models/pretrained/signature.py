@@ -39,6 +39,8 @@ OTHER_INPUTS = {
     "bbox": "positions on a page",
     "input_features": "sound",
     "input_values": "sound",
+    "audio_prompt_latents": "sound",
+    "audio_latents": "sound",
     "input_ids": "texts",
 }
 DECODER_IDS = "decoder_input_ids"
