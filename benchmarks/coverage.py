@@ -176,7 +176,7 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
         changes |= way[1]
         headless = changes.get("task", GENERATION) != GENERATION
         other = _exported(_headless(folder) if headless else module, folder, changes, real)
-        if other["outcome"] == "passes":
+        if other["outcome"] in ("passes", "fault"):  # what a refusal advises must not end in a fault either
             return {**found, **other, "option": " ".join(options)}
     return found
 
@@ -372,6 +372,7 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     """Return the largest difference of the first output, relative to its largest value, at tokens that count."""
     import torch
 
+    from compressor.models.several_inputs import with_itself
     from compressor.models.text.probe import call_without_cache
 
     feeds = _feeds(module, inputs, padded, placeholders)
@@ -386,7 +387,10 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     name = session.get_outputs()[0].name
     expected = answer[name] if name in answer else next(iter(answer.values()))
     (value,) = session.run([name], feeds)
-    expected = (expected[0] if isinstance(expected, list | tuple) else expected).float().numpy()
+    expected = expected[0] if isinstance(expected, list | tuple) else expected
+    if expected.shape[:2] == (ROWS, ROWS) != value.shape[:2]:  # all pairs of rows, of which the file has its own
+        expected = with_itself(expected)
+    expected = expected.float().numpy()
     if value.shape != expected.shape:
         raise ValueError(f"output {name} has shape {value.shape}, expected {expected.shape}")
     mask = feeds.get("attention_mask")

@@ -85,6 +85,8 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
         gives = extractor is not None and main in extractor.model_input_names
         parts, kind = {"sound": extractor} if gives else {}, "sound"
     elif main == "input_ids" and not taken & {"pixel_values", *SOUND}:
+        if not _reads_texts(module):
+            return None
         parts, kind = {}, "text"
     else:
         return None
@@ -95,6 +97,20 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
     if tokenizer is not None:
         parts["text"] = tokenizer
     return Preprocessor(kind, parts, side) if parts else None
+
+
+def _reads_texts(module: Any) -> bool:
+    """Return whether texts alone are inputs of a model, as an encoder-decoder has them; those of BROS have boxes."""
+    import torch
+
+    if getattr(module.config, "is_encoder_decoder", False):
+        return True
+    try:
+        with torch.inference_mode():
+            module(input_ids=torch.full((1, 16), 5))
+    except Exception:  # models raise errors of all kinds
+        return False
+    return True
 
 
 def _side_kept(processor: Any, config: Any) -> int | None:

@@ -17,13 +17,24 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy
-from compressor.models.config_shapes import CLIPS, FRAMES, SAMPLES, SOUND, WIDTHS, numbers, sample_shapes
+from compressor.models.config_shapes import (
+    CLIPS,
+    FRAMES,
+    SAMPLES,
+    SOUND,
+    WIDTHS,
+    numbers,
+    sample_shapes,
+    shape_of_timm,
+)
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import channels_of, configured_size
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import feature_extractor, image_processor, save, tokenizer_of
 from compressor.models.pretrained.signature import HIDDEN
 from compressor.models.text.probe import without_cache
+from passes.graph.cached_functions import forget_results
+from passes.torch_internals import DataDependentOutputException, FakeTensorMode
 
 TOKENS = 16  # of the example; a multiple of the blocks of most models
 SHORTER = 12
@@ -53,6 +64,7 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
     "future_time_features": "values",
     "past_values_padding": "zeros",
 }
+CODES = "hidden_states"
 HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
 TRIALS = 32  # calls until a model is given up
@@ -107,7 +119,7 @@ def wrap(loaded: Loaded) -> Model | None:
     found = None if _decodes_tokens(module) else _found(module)
     if found is None:
         return None
-    forms, outputs = found
+    forms, outputs, paired = found
     names = tuple(forms)
     if loaded.image_size is not None:
         raise ModelError(
@@ -122,7 +134,7 @@ def wrap(loaded: Loaded) -> Model | None:
     axes = {name: form.axes if varies else {0: "batch"} for name, form in forms.items()}
     return Model(
         **loaded.fields | {"task": "feature-extraction"},
-        call=partial(_outputs, inputs=names, outputs=outputs),
+        call=partial(_outputs, inputs=names, outputs=outputs, paired=paired),
         inputs=names,
         outputs=outputs,
         answer=outputs[0],
@@ -139,6 +151,7 @@ def wrap(loaded: Loaded) -> Model | None:
         limitations=(
             *_limitations(module, names, outputs),
             *_of_several(module, example, outputs),
+            *_of_pairs(paired),
             *_of_clips(forms),
             *_of_one_length(tokens, asked=loaded.sequence_length is not None, fixed=any_length and not varies),
         ),
@@ -167,10 +180,17 @@ def _of_several(module: Any, example: Call, outputs: Sequence[str]) -> Iterator[
             yield Limitation(f"output {name}", reason)
 
 
+def _of_pairs(paired: Sequence[str]) -> Iterator[Limitation]:
+    """Yield the outputs of which the file has the value of each row with itself."""
+    for name in paired:
+        reason = "the model compares each row with every other, and the file has the value of each row with itself"
+        yield Limitation(f"output {name}", reason)
+
+
 def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
     """Yield the size of spectrograms and waveforms, which is fixed."""
     for name, form in forms.items():
-        if name in SOUND:
+        if name in SOUND or SAMPLES in form.shape:
             size = " x ".join(map(str, form.shape))
             yield Limitation("length of the clips", f"the export takes only {name} of {size} values")
 
@@ -232,10 +252,11 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
     elif name.endswith(("input_ids", "task_inputs")):
         yield from (Form((ANY,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
     elif name in IMAGES:
-        size, channels = configured_size(module), channels_of(module)
+        channels, *size = shape_of_timm(module) or (channels_of(module), *configured_size(module))
         yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
-        yield Form((channels, *size), "values")
-        yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
+        if not name.endswith("videos"):
+            yield Form((channels, *size), "values")
+            yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
         yield Form((PAIR, channels, *size), "values")
     elif name in SOUND:
         yield from (Form(shape, "values") for shape in _beside_waveforms(module, name))
@@ -252,6 +273,9 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
     elif name == NOISE and hasattr(config, "patch_size"):  # a number for each patch of an image
         high, wide = configured_size(module)
         yield Form(((high // config.patch_size) * (wide // config.patch_size),), "values")
+    elif name == CODES:  # what a part of a codec reads: latents, or a waveform
+        yield from (Form((width, ANY), "values") for width in numbers(config, LATENTS))
+        yield from (Form((channels, SAMPLES), "values") for channels in numbers(config, ("channels",)))
     elif name.endswith(("_embeds", "hidden_states")):
         widths = numbers(config, STATES)
         yield from (Form((ANY, width), "values") for width in (*widths, *_joined(module, widths)))
@@ -301,8 +325,12 @@ def _of_series(config: Any, name: str) -> Iterator[Form]:
         yield from (Form((length + lag, size), kind) for size in numbers(config, ("input_size",)) if size > 1)
 
 
-def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
-    """Return the forms of the largest set of inputs with which a module gives features, and the names of these."""
+def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...], tuple[str, ...]] | None:
+    """Return the forms of the largest set of inputs with which a module gives features, and the names of these.
+
+    Where an input changes only values of pairs of rows, as the texts of X-CLIP do, those of a row with itself are
+    features too, and the first of them.
+    """
     known = _known(module)
     taken = inspect.signature(module.forward).parameters.values()
     required = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -311,21 +339,45 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...]] | None:
     optional = [name for name in known if name not in required]
     usual = [name for name in optional if name not in OTHERS]
     trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
+    first = None
     for forms in itertools.islice(trials, TRIALS):
-        outputs = _of_rows(module, forms, _runs(module, forms, 2, TOKENS))
-        if outputs and not _unused(module, forms, outputs):
-            return forms, outputs
-    return None
+        shapes = _runs(module, forms, 2, TOKENS)
+        rows = _of_rows(module, forms, shapes)
+        paired = _of_rows(module, forms, shapes, paired=True)
+        outputs = next((each for each in ((rows, ()), (paired + rows, paired)) if _uses(module, forms, each[0])), None)
+        if outputs is None:
+            continue
+        if not _branches(module, forms):
+            return forms, *outputs
+        first = (forms, *outputs) if first is None else first
+    return first
 
 
-def _unused(module: Any, forms: Mapping[str, Form], outputs: Sequence[str]) -> bool:
-    """Return whether an input changes none of the outputs, such as the texts of X-CLIP without its similarities."""
+def _branches(module: Any, forms: Mapping[str, Form]) -> bool:
+    """Return whether a module asks for a value that it computes of its inputs, as a loop over lengths of clips does.
+
+    A set of inputs with which it does not is better, as no graph holds such a branch.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), forget_results(module):
+            _tensors(module, {name: form.values(2, TOKENS) for name, form in forms.items()})
+    except DataDependentOutputException:
+        return True
+    except Exception:  # modules raise errors of all kinds; with shapes alone, some fail that can be traced
+        return False
+    return False
+
+
+def _uses(module: Any, forms: Mapping[str, Form], outputs: Sequence[str]) -> bool:
+    """Return whether there are outputs, and each input changes one of them; no texts change the videos of X-CLIP."""
+    if not outputs:
+        return False
     feeds = {name: form.values(2, TOKENS) for name, form in forms.items()}
     changed = {name: form.values(2, TOKENS, seed=1) for name, form in forms.items() if form.kind in ("ids", "values")}
     with torch.inference_mode():
         usual = _tensors(module, feeds)
         others = [_tensors(module, feeds | {name: value}) for name, value in changed.items()]
-    return any(all(torch.equal(usual[name], other[name]) for name in outputs) for other in others)
+    return not any(all(torch.equal(usual[name], other[name]) for name in outputs) for other in others)
 
 
 def _trials(
@@ -372,18 +424,29 @@ def _is_feature(value: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
 
 
-def _of_rows(module: Any, forms: Mapping[str, Form], shapes: Mapping[str, torch.Size] | None) -> tuple[str, ...]:
-    """Return the outputs with one row for each row of the inputs: not the similarities of all rows with one another."""
+def _of_rows(
+    module: Any, forms: Mapping[str, Form], shapes: Mapping[str, torch.Size] | None, *, paired: bool = False
+) -> tuple[str, ...]:
+    """Return the outputs with one row for each row of the inputs, or with one value for each pair of rows."""
     other = None if shapes is None else _runs(module, forms, 3, TOKENS)
     if shapes is None or other is None:
         return ()
+    axes = 1 + paired
     return tuple(
-        name for name, shape in shapes.items() if name in other and (shape[0], other[name]) == (2, (3, *shape[1:]))
+        name
+        for name, shape in shapes.items()
+        if name in other and (shape[:axes], other[name]) == ((2,) * axes, ((3,) * axes + shape[axes:]))
     )
 
 
 def _outputs(
-    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], outputs: tuple[str, ...], paired: tuple[str, ...]
 ) -> tuple[torch.Tensor, ...]:
     returned = _tensors(module, dict(zip(inputs, tensors, strict=True)))
-    return tuple(returned[name] for name in outputs)
+    return tuple(with_itself(returned[name]) if name in paired else returned[name] for name in outputs)
+
+
+def with_itself(pairs: torch.Tensor) -> torch.Tensor:
+    """Return the values of each row with itself, [rows, ...], of values of pairs of rows, [rows, rows, ...]."""
+    own = pairs.diagonal().movedim(-1, 0)
+    return own if own.ndim > 1 else own[:, None]

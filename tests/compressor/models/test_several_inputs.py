@@ -109,9 +109,71 @@ def test_a_model_that_one_input_is_enough_for_takes_that_input(tmp_path):
 
 
 def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_path):
-    fields = {"text_config": PARTS, "vision_config": PARTS, "mit_hidden_size": 32, "projection_dim": 16}
-    with pytest.raises(ModelError, match="text of token ids alone"):
-        models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields))
+    tower = {"model_type": "vit"} | SMALL | {"image_size": 32, "patch_size": 16}
+    sam = {"prompt_encoder_config": {"hidden_size": 16}, "mask_decoder_config": {"hidden_size": 16}}
+    fields = sam | {"vision_config": {"fpn_hidden_size": 16, "backbone_config": tower}}
+    with pytest.raises(ModelError, match="does not give last_hidden_state for any text of token ids alone"):
+        models.load(save_model(tmp_path, "Sam2VideoModel", "Sam2VideoConfig", **fields))
+
+
+def test_where_rows_are_compared_with_each_other_the_file_has_each_row_with_itself(tmp_path):
+    """X-CLIP makes features of texts for each video; without them, its texts would change no output."""
+    vision = PARTS | {"mit_hidden_size": 16, "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2, "num_frames": 3}
+    fields = {"text_config": PARTS, "vision_config": vision | {"mit_intermediate_size": 16}, "projection_dim": 16}
+    model = models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields, prompt_num_attention_heads=2))
+    assert model.inputs == ("input_ids", "pixel_values", "attention_mask")
+    assert model.outputs == ("logits_per_text", "text_embeds", "logits_per_video", "video_embeds")
+    assert sum("each row with itself" in each.reason for each in model.limitations) == 3
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        whole = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+    found = dict(zip(model.outputs, session.run(list(model.outputs), feeds), strict=True))
+    own = {name: np.stack([whole[name][row, row].numpy() for row in range(3)]) for name in model.outputs[:3]}
+    for name, expected in (own | {"video_embeds": whole.video_embeds.numpy()}).items():
+        np.testing.assert_allclose(found[name].squeeze(), expected.squeeze(), rtol=0, atol=1e-4)
+
+
+def test_frames_of_a_tower_of_timm_have_the_size_that_it_was_made_for(tmp_path):
+    """The weights of its architecture were trained on images of 336 pixels, which this tower does not take."""
+    tower = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "global_pool": "map"}
+    tower["model_args"] = {"embed_dim": 32, "img_size": [28, 28], "depth": 1, "num_heads": 2, "ref_feat_shape": [2, 2]}
+    fields = SMALL | {"vision_config": tower | {"num_classes": 16}, "num_key_value_heads": 2, "head_dim": 8}
+    model = models.load(save_model(tmp_path, "PeVideoEncoder", "PeVideoEncoderConfig", **fields))
+    assert model.example["pixel_values_videos"].shape == (2, 2, 3, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("part", "output", "size"), [("Encoder", "latents", [1, 16_000]), ("Decoder", "audio", [8, 16])]
+)
+def test_parts_of_a_codec_take_a_waveform_or_latents_by_the_name_of_states(part, output, size, tmp_path):
+    fields = {"num_filters": 4, "depths": [1, 1], "downsampling_ratios": [4], "hidden_size": 8}
+    name = f"VibeVoiceAcousticTokenizer{part}"
+    model = models.load(save_model(tmp_path, f"{name}Model", f"{name}Config", **fields))
+    assert (model.inputs, model.outputs) == (("hidden_states",), (output,))
+    assert list(model.example["hidden_states"].shape[1:]) == size
+    assert any(each.feature == "length of the clips" for each in model.limitations) == (part == "Encoder")
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(feeds["hidden_states"]))[output].numpy()
+    np.testing.assert_allclose(session.run([output], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_a_set_of_inputs_whose_values_decide_what_is_computed_comes_last(tmp_path):
+    """With sound and a video, the class loops over the lengths of its rows, which no graph holds."""
+    tower = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "global_pool": "map"}
+    tower["model_args"] = {"embed_dim": 32, "img_size": [28, 28], "depth": 1, "num_heads": 2, "ref_feat_shape": [2, 2]}
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    codec = {"encoder_hidden_size": 4, "downsampling_ratios": [4, 8], "hidden_size": 16, "codebook_dim": 2}
+    sound = SMALL | heads | {"dac_config": codec, "model_type": "pe_audio_encoder"}
+    video = SMALL | heads | {"vision_config": tower | {"num_classes": 16}, "model_type": "pe_video_encoder"}
+    both = SMALL | heads | {"audio_config": sound, "video_config": video}
+    text = SMALL | {"vocab_size": 40, "model_type": "modernbert", "pad_token_id": 0, "global_attn_every_n_layers": 1}
+    fields = {"text_config": text, "audio_video_config": both}
+    model = models.load(save_model(tmp_path, "PeAudioVideoModel", "PeAudioVideoConfig", **fields))
+    assert model.inputs == ("input_ids", "input_values", "attention_mask")
+    trace(model)
 
 
 def test_an_image_processor_does_not_hide_that_other_inputs_are_needed(tmp_path):

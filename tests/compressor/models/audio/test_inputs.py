@@ -137,3 +137,21 @@ def test_stacked_frames_have_the_width_that_a_layer_reads(kind, bins, stacked, t
         expected = model.module(frames).last_hidden_state.numpy()
     (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
+def test_channels_that_no_config_states_are_the_usual_ones(tmp_path):
+    """The encoder of Gemma 4 reads 128 mel channels, which only its feature extractor states."""
+    config = transformers.Gemma4AudioConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=16,
+        subsampling_conv_channels=[128, 4], attention_chunk_size=4, attention_context_left=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Gemma4AudioModel(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.example["input_features"].shape == (2, 128, 128)
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    frames = torch.randn(3, 71, 128)
+    with torch.inference_mode():
+        expected = model.module(frames).last_hidden_state.numpy()
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
