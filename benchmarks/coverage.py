@@ -59,8 +59,8 @@ HEADS = (
     "",
     "TEXT_TO_WAVEFORM",  # Musicgen; without a head, only its decoder
 )
-# Classes whose small random convolutions give all candidates one score, depths of 1e-8, or features of length 0.
-TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align", "edgetam")
+# Classes whose small random convolutions give all candidates one score, depths and sound of 1e-8, or no features.
+TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align", "edgetam", "vibevoiceacoustic")
 GENERATION = "text-generation"  # of texts alone, by the class itself
 LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
@@ -71,6 +71,7 @@ ROWS, LENGTH = 3, 11
 VANISHING = 0.1  # largest scale of RT-DETR's normalisations: all its features are 1e-9, and all scores are equal
 LETTERS = 128  # of CANINE, which reads characters and states no vocabulary
 SAMPLES, FRAMES = 6_000, 48  # of sound: a waveform and a spectrogram
+OF_SOUND = {"input_values": SAMPLES, "input_features": FRAMES, "noise_sequence": FRAMES}
 # Of a model that is exported for one length; another one than that of the example of Compressor.
 ONE_LENGTH = {"tokens": 24, "samples": 9_600, "frames": 48}
 
@@ -140,7 +141,8 @@ def _distinguish(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, torch.nn.BatchNorm2d) and part.weight.abs().max() < VANISHING:
             torch.nn.init.ones_(part.weight)
-        if isinstance(part, torch.nn.Conv2d) and type(module).__name__.lower().startswith(TIED):
+        kinds = (torch.nn.Conv2d, torch.nn.Conv1d, torch.nn.ConvTranspose1d)
+        if isinstance(part, kinds) and type(module).__name__.lower().startswith(TIED):
             torch.nn.init.kaiming_normal_(part.weight)  # its small ones leave features of 1e-12, and equal scores
 
 
@@ -446,7 +448,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             filled = np.zeros if name.endswith("_padding") else np.ones  # 1 where a time series is padded
             feeds[name] = filled([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
         else:
-            long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
+            long = OF_SOUND.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
     return feeds
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from compressor.models.config_shapes import CLIPS, SOUND, main_input
+from compressor.models.several_inputs import draws_noise
 from compressor.models.video.inputs import takes_videos
 
 Kind = Literal["image", "video", "sound", "text"]
@@ -65,8 +66,10 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
     """Return the default preprocessor of a model of transformers that suits its reduced config.
 
     Models of several kinds of inputs have none here: a processor that joins them needs the tokens of a tokenizer of
-    their own.
+    their own, and none gives the noise that a model computes with.
     """
+    if draws_noise(module):
+        return None
     taken = set(inspect.signature(module.forward).parameters)
     main, config = main_input(module), module.config
     speaks = {"input_ids"} <= taken

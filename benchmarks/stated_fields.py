@@ -104,7 +104,7 @@ STATED: dict[str, dict[str, Any]] = {
     },
     "NeoMMEConfig": {"head_dim": 16},
     "AutoformerConfig": {"num_time_features": 2, "label_length": 4},
-    "InformerConfig": {"num_time_features": 2},
+    "InformerConfig": {"num_time_features": 2, "context_length": 32},  # of less, no queries are drawn
     "TimeSeriesTransformerConfig": {"num_time_features": 2},
     "PerceiverConfig": {"num_self_attends_per_block": 2},
     "PerceptionLMConfig": {
@@ -158,6 +158,7 @@ STATED: dict[str, dict[str, Any]] = {
     "PaddleOCRTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
     },
+    "EdgeTamConfig": {"prompt_encoder_config": {"patch_size": 16, "image_size": 256}},  # of a stride of 16 in all
     "EdgeTamVisionConfig": {
         "backbone_config": {
             "model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2,

@@ -44,6 +44,7 @@ IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_v
 # What forward takes in place of another input, or makes itself.
 OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
 NOISE = "noise"  # what a model draws at random if it is not given
+FRAMES_OF_NOISE = "noise_sequence"  # for each frame of a spectrogram, as a vocoder makes a waveform of it
 PAIR = 2  # images that a model compares
 # Inputs with a row of numbers for each token or region, by the names of their widths in configs.
 ROWS = {
@@ -64,6 +65,7 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
     "future_time_features": "values",
     "past_values_padding": "zeros",
 }
+BLOCK = "noise_embeds"  # tokens that a model of drafts fills in at once
 CODES = "hidden_states"
 HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
 SINGLE = ("rewards", "returns_to_go")  # a number for each token
@@ -190,7 +192,7 @@ def _of_pairs(paired: Sequence[str]) -> Iterator[Limitation]:
 def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
     """Yield the size of spectrograms and waveforms, which is fixed."""
     for name, form in forms.items():
-        if name in SOUND or SAMPLES in form.shape:
+        if ANY not in form.shape and (name in SOUND or SAMPLES in form.shape):
             size = " x ".join(map(str, form.shape))
             yield Limitation("length of the clips", f"the export takes only {name} of {size} values")
 
@@ -258,7 +260,10 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
             yield Form((channels, *size), "values")
             yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
         yield Form((PAIR, channels, *size), "values")
+    elif name == FRAMES_OF_NOISE:
+        yield from (Form((ANY, width), "values") for width in numbers(config, ("model_in_channels",)))
     elif name in SOUND:
+        yield from (Form((ANY, width), "values") for width in _beside_noise(module))
         yield from (Form(shape, "values") for shape in _beside_waveforms(module, name))
         yield from (Form(shape, "values") for shape, _ in sample_shapes(config, name))
         yield from (Form((1, *shape), "values") for shape, _ in sample_shapes(config, name) if len(shape) > 1)
@@ -273,6 +278,9 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
     elif name == NOISE and hasattr(config, "patch_size"):  # a number for each patch of an image
         high, wide = configured_size(module)
         yield Form(((high // config.patch_size) * (wide // config.patch_size),), "values")
+    elif name == BLOCK:
+        sizes, widths = numbers(config, ("block_size",)), numbers(config, STATES)
+        yield from (Form(shape, "values") for shape in itertools.product(sizes[:1], widths))
     elif name == CODES:  # what a part of a codec reads: latents, or a waveform
         yield from (Form((width, ANY), "values") for width in numbers(config, LATENTS))
         yield from (Form((channels, SAMPLES), "values") for channels in numbers(config, ("channels",)))
@@ -296,6 +304,17 @@ def _reads_sound(module: Any) -> bool:
     """Return whether a module takes sound and no text, so that a mask is one of frames."""
     taken = inspect.signature(module.forward).parameters
     return "input_ids" not in taken and any(name in taken for name in SOUND)
+
+
+def draws_noise(module: Any) -> bool:
+    """Return whether a module computes with noise that it draws unless it is an input."""
+    return not {NOISE, FRAMES_OF_NOISE}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def _beside_noise(module: Any) -> list[int]:
+    """Return the widths of spectrograms of any number of frames, which have as many as the noise beside them."""
+    taken = inspect.signature(module.forward).parameters
+    return numbers(module.config, WIDTHS) if FRAMES_OF_NOISE in taken else []
 
 
 def _beside_waveforms(module: Any, name: str) -> Iterator[tuple[int, ...]]:

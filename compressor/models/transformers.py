@@ -405,8 +405,8 @@ def wrap(loaded: Loaded) -> Model:
 def _wrapped(loaded: Loaded) -> Model:
     """Return the model by the inputs of its task, or by all its inputs if it computes features of several."""
     try:
-        noisy = several_inputs.NOISE in inspect.signature(loaded.module.forward).parameters
-        with_noise = several_inputs.wrap(loaded) if noisy and loaded.task in FEATURES else None
+        noisy = several_inputs.draws_noise(loaded.module) and loaded.task in FEATURES
+        with_noise = several_inputs.wrap(loaded) if noisy else None
         return _of_task(loaded) if with_noise is None else with_noise
     except OtherInputsError:
         model = several_inputs.wrap(loaded) if loaded.task in FEATURES else None

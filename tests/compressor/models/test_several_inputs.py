@@ -134,6 +134,19 @@ def test_where_rows_are_compared_with_each_other_the_file_has_each_row_with_itse
         np.testing.assert_allclose(found[name].squeeze(), expected.squeeze(), rtol=0, atol=1e-4)
 
 
+def test_images_have_the_size_that_the_encoder_of_prompts_states(tmp_path):
+    """EdgeTAM reads images by a tower of timm, whose config states no size; 224 pixels were taken, which it refuses."""
+    tower = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2}
+    tower["model_args"] = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    vision = {"backbone_config": tower, "fpn_hidden_size": 16, "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    prompts = {"hidden_size": 16, "image_size": 128, "patch_size": 16}
+    fields = {"vision_config": vision, "mask_decoder_config": decoder, "prompt_encoder_config": prompts}
+    model = models.load(save_model(tmp_path, "EdgeTamModel", "EdgeTamConfig", **fields))
+    assert model.example["pixel_values"].shape == (2, 3, 128, 128)
+    assert not any(each.feature == "image_size of the config" for each in model.limitations)
+
+
 def test_frames_of_a_tower_of_timm_have_the_size_that_it_was_made_for(tmp_path):
     """The weights of its architecture were trained on images of 336 pixels, which this tower does not take."""
     tower = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "global_pool": "map"}
@@ -211,6 +224,35 @@ def test_noise_that_a_class_draws_is_an_input(tmp_path):
     model = loaded("an image and the noise that hides patches", tmp_path)
     assert model.inputs == ("pixel_values", "noise")
     assert model.example["noise"].shape == (2, 16)
+
+
+def test_a_vocoder_takes_spectrograms_of_any_length_and_the_noise_of_each_frame(tmp_path):
+    fields = {"model_hidden_channels": 4, "num_mel_bins": 5, "kernel_predictor_num_blocks": 1}
+    fields |= {"resblock_kernel_sizes": [3], "resblock_stride_sizes": [4], "resblock_dilation_sizes": [[1, 3]]}
+    model = models.load(save_model(tmp_path / "m", "UnivNetModel", "UnivNetConfig", **fields))
+    assert model.inputs == ("input_features", "noise_sequence")
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).waveforms.numpy()
+    np.testing.assert_allclose(session.run(["waveforms"], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_attentions_that_read_states_beside_others_need_no_mask_without_padding(tmp_path):
+    """transformers makes masks without padding only where a class is exported, and of too few states here."""
+    fields = SMALL | {"num_key_value_heads": 1, "head_dim": 8, "block_size": 4, "target_layer_ids": [0, 1]}
+    folder = save_model(tmp_path / "m", "MuseGlimmerAssistantModel", "MuseGlimmerAssistantConfig", **fields)
+    model = models.load(folder)
+    assert {name: list(axes) for name, axes in model.dynamic_axes.items()} == {
+        "noise_embeds": [0],  # as many as a block has
+        "context_hidden_states": [0, 1],
+    }
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    noise, context = torch.randn(3, 4, 16), torch.randn(3, 9, 32)
+    with torch.inference_mode():
+        expected = model.module(noise_embeds=noise, context_hidden_states=context).last_hidden_state.numpy()
+    feeds = {"noise_embeds": noise.numpy(), "context_hidden_states": context.numpy()}
+    np.testing.assert_allclose(session.run(["last_hidden_state"], feeds)[0], expected, rtol=0, atol=CLOSE)
 
 
 def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):

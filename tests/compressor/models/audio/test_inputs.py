@@ -155,3 +155,19 @@ def test_channels_that_no_config_states_are_the_usual_ones(tmp_path):
         expected = model.module(frames).last_hidden_state.numpy()
     (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
+def test_a_codec_that_adds_noise_unless_it_is_told_is_told_and_says_so(tmp_path):
+    """Its class draws noise for the latents by default, and was refused as one that draws random numbers."""
+    fields = {"num_filters": 4, "depths": [1, 1], "downsampling_ratios": [4], "hidden_size": 8}
+    torch.manual_seed(0)
+    config = transformers.VibeVoiceAcousticTokenizerConfig(**fields, initializer_range=0.2)
+    transformers.VibeVoiceAcousticTokenizerModel(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert any(each.feature == "noise" and "adds none" in each.reason for each in model.limitations)
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    clips = torch.randn(3, 1, 9_600)
+    with torch.inference_mode():
+        expected = model.module(clips, sample=False).audio.numpy()
+    (found,) = onnxruntime.InferenceSession(str(path)).run(["audio"], {"input_values": clips.numpy()})
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()

@@ -247,18 +247,6 @@ def test_images_of_any_size_are_refused(shared):
         models.load(str(saved("pictures", shared)), image_size="dynamic")
 
 
-def test_an_encoder_that_reads_more_than_pixels_is_refused(tmp_path):
-    """UDOP reads an image with the words in it and their boxes."""
-    with quiet():
-        config = transformers.UdopConfig(
-            vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2, image_size=32,
-            patch_size=16, decoder_start_token_id=0,
-        )  # fmt: skip
-        transformers.UdopForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"told apart by their caches: a call with pixel_values .* fails"):
-        models.load(str(tmp_path / "m"))
-
-
 def test_an_encoder_decoder_without_a_cache_is_refused(tmp_path):
     with quiet():
         config = transformers.ProphetNetConfig(
