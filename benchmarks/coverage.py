@@ -374,7 +374,7 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     """Return the largest difference of the first output, relative to its largest value, at tokens that count."""
     import torch
 
-    from compressor.models.several_inputs import with_itself
+    from compressor.models.several_inputs import nested, with_itself
     from compressor.models.text.probe import call_without_cache
 
     feeds = _feeds(module, inputs, padded, placeholders)
@@ -383,7 +383,7 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     if placeholders and "token_type_ids" in accepted:  # as processors return for a prompt
         is_image = (own["input_ids"] == placeholders[0]).long()
         own["token_type_ids"] = is_image * (module.config.model_type == "gemma3")
-    given = {name: value for name, value in own.items() if name in accepted}
+    given = {name: value for name, value in nested(own).items() if name in accepted}
     with torch.inference_mode():  # with a cache, FSMT does not mask later tokens, and Bamba without attention fails
         answer, _ = call_without_cache(module, **given)
     name = session.get_outputs()[0].name
@@ -427,7 +427,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             frames = sizes[1] or length  # of sound, a fixed number
             feeds[name] = np.pad(mask[:, -min(length, frames) :], ((0, 0), (max(0, frames - length), 0)), mode="edge")
         elif name == "position_ids":
-            feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
+            feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)[:, -(sizes[1] or length) :]  # of the last token alone
         elif name == "flattened_patches":  # with row and column before the values, in rows of four
             count = np.arange(length)
             places = np.stack([count // 4 + 1, count % 4 + 1], -1)

@@ -65,6 +65,9 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
     "future_time_features": "values",
     "past_values_padding": "zeros",
 }
+EMBEDDED = "inputs_embeds"
+SHARED = "shared_kv_states"  # keys and values of another model by the kinds of its layers, as an assistant reads them
+PAIRED = ("key", "value")
 BLOCK = "noise_embeds"  # tokens that a model of drafts fills in at once
 CODES = "hidden_states"
 HOPS = ("encoder_hop_length", "hop_length")  # samples of a waveform for each code of a codec
@@ -120,6 +123,7 @@ def wrap(loaded: Loaded) -> Model | None:
     module = loaded.module
     found = None if _decodes_tokens(module) else _found(module)
     if found is None:
+        _check_rows(module, loaded.location)
         return None
     forms, outputs, paired = found
     names = tuple(forms)
@@ -160,6 +164,21 @@ def wrap(loaded: Loaded) -> Model | None:
     )
 
 
+def _check_rows(module: Any, location: str) -> None:
+    """Check that a module fails not only because it gets several rows, as TVP computes with one video alone.
+
+    Raises:
+        ModelError: it computes features of one row, and fails on two.
+    """
+    trials = () if _decodes_tokens(module) else itertools.islice(_all_trials(module), TRIALS)
+    if any(_runs(module, forms, 1, TOKENS) and _runs(module, forms, 2, TOKENS) is None for forms in trials):
+        raise ModelError(
+            f"{location} is a {type(module).__name__}, which computes features of one row of its inputs at a time and "
+            "fails on two, and a file takes any number of rows; pass it as a module of your own, "
+            "package.module:factory, whose forward takes several."
+        )
+
+
 def _check_length(module: Any, forms: Mapping[str, Form], loaded: Loaded, *, any_length: bool) -> None:
     """Check that a module takes rows of the number of tokens that is asked for.
 
@@ -175,7 +194,7 @@ def _check_length(module: Any, forms: Mapping[str, Form], loaded: Loaded, *, any
 def _of_several(module: Any, example: Call, outputs: Sequence[str]) -> Iterator[Limitation]:
     """Yield the outputs that have several tensors under one name, of which the first is taken."""
     with torch.inference_mode():
-        returned = module(**example, **without_cache(module))
+        returned = module(**nested(example), **without_cache(module))
     for name in outputs:
         if isinstance(returned[name], list | tuple):
             reason = f"the model returns {len(returned[name])} tensors, of which the first is one"
@@ -240,7 +259,41 @@ def _known(module: Any) -> dict[str, tuple[Form, ...]]:
     """Return the inputs of a module whose forms are known, with the forms of each, in their order."""
     taken = inspect.signature(module.forward).parameters
     found = {name: tuple(_forms(module, name)) for name in taken if not name.startswith("output_")}
-    return {name: forms for name, forms in found.items() if forms}
+    return {name: forms for name, forms in found.items() if forms} | _of_shared_states(module)
+
+
+def reads_shared_states(module: Any) -> bool:
+    """Return whether a module attends to the keys and values of another model, whose tokens it continues."""
+    return SHARED in inspect.signature(module.forward).parameters
+
+
+def _of_shared_states(module: Any) -> dict[str, tuple[Form, ...]]:
+    """Return the keys and the values that a module reads of another model, [heads, tokens, width] each, for each kind.
+
+    Their names are joined by dots, see `nested`.
+    """
+    if not reads_shared_states(module):
+        return {}
+    config = module.config.get_text_config()
+    attentions = {part.layer_type: part for part in module.modules() if hasattr(part, "num_key_value_groups")}
+    sizes = {
+        kind: (config.num_attention_heads // part.num_key_value_groups, ANY, part.head_dim)
+        for kind, part in attentions.items()
+    }
+    return {f"{SHARED}.{kind}.{part}": (Form(size, "values"),) for kind, size in sizes.items() for part in PAIRED}
+
+
+def nested(feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the arguments of a module: inputs whose names have dots become pairs of keys and values by their kinds.
+
+    >>> nested({"a": 1, "states.full.key": 2, "states.full.value": 3})
+    {'a': 1, 'states': {'full': (2, 3)}}
+    """
+    found: dict[str, Any] = {name: value for name, value in feeds.items() if "." not in name}
+    for name in (name for name in feeds if name.endswith(f".{PAIRED[0]}")):
+        argument, kind, _ = name.split(".")
+        found.setdefault(argument, {})[kind] = tuple(feeds[f"{argument}.{kind}.{part}"] for part in PAIRED)
+    return found
 
 
 def _forms(module: Any, name: str) -> Iterator[Form]:
@@ -284,6 +337,9 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
     elif name == CODES:  # what a part of a codec reads: latents, or a waveform
         yield from (Form((width, ANY), "values") for width in numbers(config, LATENTS))
         yield from (Form((channels, SAMPLES), "values") for channels in numbers(config, ("channels",)))
+    elif reads_shared_states(module) and name in (EMBEDDED, "position_ids"):  # of the token that comes last
+        widths = _joined(module, numbers(config, ("backbone_hidden_size", *STATES)))
+        yield from [Form((1,), "zeros")] if name != EMBEDDED else (Form((1, width), "values") for width in widths)
     elif name.endswith(("_embeds", "hidden_states")):
         widths = numbers(config, STATES)
         yield from (Form((ANY, width), "values") for width in (*widths, *_joined(module, widths)))
@@ -350,16 +406,8 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...], tuple[str, ..
     Where an input changes only values of pairs of rows, as the texts of X-CLIP do, those of a row with itself are
     features too, and the first of them.
     """
-    known = _known(module)
-    taken = inspect.signature(module.forward).parameters.values()
-    required = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    if any(name not in known for name in required):
-        return None
-    optional = [name for name in known if name not in required]
-    usual = [name for name in optional if name not in OTHERS]
-    trials = itertools.chain(_trials(known, required, usual), _trials(known, required, optional))
     first = None
-    for forms in itertools.islice(trials, TRIALS):
+    for forms in itertools.islice(_all_trials(module), TRIALS):
         shapes = _runs(module, forms, 2, TOKENS)
         rows = _of_rows(module, forms, shapes)
         paired = _of_rows(module, forms, shapes, paired=True)
@@ -370,6 +418,21 @@ def _found(module: Any) -> tuple[dict[str, Form], tuple[str, ...], tuple[str, ..
             return forms, *outputs
         first = (forms, *outputs) if first is None else first
     return first
+
+
+def _all_trials(module: Any) -> Iterator[dict[str, Form]]:
+    """Yield the sets of inputs with their forms, those first with which most modules compute."""
+    known = _known(module)
+    taken = inspect.signature(module.forward).parameters.values()
+    required = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    if reads_shared_states(module):
+        required += [name for name in known if name == EMBEDDED or "." in name]
+    if any(name not in known for name in required):
+        return
+    optional = [name for name in known if name not in required]
+    usual = [name for name in optional if name not in OTHERS]
+    yield from _trials(known, required, usual)
+    yield from _trials(known, required, optional)
 
 
 def _branches(module: Any, forms: Mapping[str, Form]) -> bool:
@@ -425,7 +488,7 @@ def _runs(module: Any, forms: Mapping[str, Form], rows: int, tokens: int) -> dic
 
 def _tensors(module: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of floats among the outputs of a module, the hidden states first."""
-    returned = module(**feeds, **without_cache(module))
+    returned = module(**nested(feeds), **without_cache(module))
     if not isinstance(returned, Mapping):
         raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
     names = (HIDDEN, *(name for name in returned if name != HIDDEN))

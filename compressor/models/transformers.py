@@ -409,7 +409,8 @@ def _wrapped(loaded: Loaded) -> Model:
         with_noise = several_inputs.wrap(loaded) if noisy else None
         return _of_task(loaded) if with_noise is None else with_noise
     except OtherInputsError:
-        model = several_inputs.wrap(loaded) if loaded.task in FEATURES else None
+        several = loaded.task in FEATURES or several_inputs.reads_shared_states(loaded.module)
+        model = several_inputs.wrap(loaded) if several else None
         if model is None:
             raise
         return model

@@ -17,6 +17,7 @@ CLOSE = 1e-5  # float32 sums in another order
 LENGTH = 11
 PARTS = SIZES | {"image_size": 32, "patch_size": 16}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+KINDS = ("sliding_attention", "full_attention")
 CASES = {
     "boxes beside words": ("BrosModel", "BrosConfig", SIZES | {"hidden_size": 64}),
     "regions beside words": (
@@ -253,6 +254,26 @@ def test_attentions_that_read_states_beside_others_need_no_mask_without_padding(
         expected = model.module(noise_embeds=noise, context_hidden_states=context).last_hidden_state.numpy()
     feeds = {"noise_embeds": noise.numpy(), "context_hidden_states": context.numpy()}
     np.testing.assert_allclose(session.run(["last_hidden_state"], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_an_assistant_reads_keys_and_values_of_another_model_by_their_kinds(tmp_path):
+    """Gemma 4's assistants draft the next token from the states of the model; they were refused, as no text is enough."""
+    text = SMALL | {"model_type": "gemma4_text", "num_hidden_layers": 2, "head_dim": 8, "global_head_dim": 16}
+    text |= {"vocab_size": 40, "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "sliding_window": 64}
+    fields = {"text_config": text, "backbone_hidden_size": 12}
+    model = models.load(save_model(tmp_path / "m", "Gemma4AssistantForCausalLM", "Gemma4AssistantConfig", **fields))
+    states = [f"shared_kv_states.{kind}.{part}" for kind in text["layer_types"] for part in ("key", "value")]
+    assert model.inputs == ("inputs_embeds", "position_ids", "attention_mask", *states)
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model) | {"position_ids": np.array([[10], [8], [10]])}
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    shared = {kind: tuple(tensors.pop(f"shared_kv_states.{kind}.{part}") for part in ("key", "value")) for kind in KINDS}
+    with torch.inference_mode():
+        expected = model.module(**tensors, shared_kv_states=shared)
+    assert model.outputs == ("last_hidden_state", "logits")
+    for name, found in zip(model.outputs, session.run(list(model.outputs), feeds), strict=True):
+        np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=CLOSE, err_msg=name)
 
 
 def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):
