@@ -156,10 +156,12 @@ def with_random_weights(kind: Any, config: Any) -> Any:
 def made_by(automatic: Any, config: Any) -> tuple[Any, ...]:
     """Return the model classes that an automatic class makes from a config; empty if it does not know the config.
 
+    It lists Evolla, but finds another name for its config, and then makes no model of it.
+
     Uses the attribute `_model_mapping` of automatic classes.
     """
     mapping = automatic._model_mapping
-    found = mapping.get(type(config), ())
+    found = mapping.get(type(config), ()) if type(config) in mapping else ()
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

@@ -370,7 +370,8 @@ def class_of(config: Any, task: str) -> Any:
         return named if named is not None and _is_bare(architecture) else transformers.AutoModel
     automatic = getattr(transformers, AUTO[task])
     own = _head(config, architecture) == task or (task == ZERO_SHOT and _has_two_towers(architecture))
-    own = own or (task == GENERATION and not made_by(automatic, config) and _generates(named, config))
+    whole = task == vision_language.TASK and vision_language.is_vision_language(architecture)
+    own = own or ((task == GENERATION or whole) and not made_by(automatic, config) and _generates(named, config))
     if named is None or not own or named in made_by(automatic, config) or hasattr(config, "auto_map"):
         return automatic
     return named

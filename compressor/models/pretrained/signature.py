@@ -39,6 +39,7 @@ OTHER_INPUTS = {
     "bbox": "positions on a page",
     "input_features": "sound",
     "input_values": "sound",
+    "protein_input_ids": "proteins",
     "audio_prompt_latents": "sound",
     "audio_latents": "sound",
     "input_ids": "texts",
