@@ -374,7 +374,7 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     """Return the largest difference of the first output, relative to its largest value, at tokens that count."""
     import torch
 
-    from compressor.models.several_inputs import nested, with_itself
+    from compressor.models.several_inputs import nested, with_codes, with_itself
     from compressor.models.text.probe import call_without_cache
 
     feeds = _feeds(module, inputs, padded, placeholders)
@@ -384,6 +384,8 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
         is_image = (own["input_ids"] == placeholders[0]).long()
         own["token_type_ids"] = is_image * (module.config.model_type == "gemma3")
     given = {name: value for name, value in nested(own).items() if name in accepted}
+    codes = given.get("decoder_input_ids")
+    given = with_codes(module.config, given) if codes is not None and codes.ndim > 2 else given
     with torch.inference_mode():  # with a cache, FSMT does not mask later tokens, and Bamba without attention fails
         answer, _ = call_without_cache(module, **given)
     name = session.get_outputs()[0].name
@@ -392,6 +394,8 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool,
     expected = expected[0] if isinstance(expected, list | tuple) else expected
     if expected.shape[:2] == (ROWS, ROWS) != value.shape[:2]:  # all pairs of rows, of which the file has its own
         expected = with_itself(expected)
+    if codes is not None and codes.ndim > 2:
+        expected = expected.unflatten(0, codes.shape[:2])
     expected = expected.float().numpy()
     if value.shape != expected.shape:
         raise ValueError(f"output {name} has shape {value.shape}, expected {expected.shape}")
@@ -413,7 +417,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
-    vocabulary = getattr(module.config.get_text_config(), "vocab_size", LETTERS) if "input_ids" in inputs else 0
+    vocabulary = getattr(_texts_of(module.config), "vocab_size", LETTERS) if "input_ids" in inputs else 0
     sound = any(name.startswith(("input_values", "input_features")) for name in inputs)
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
@@ -422,7 +426,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             ids = rng.integers(5, vocabulary, (ROWS, length))
             ids[np.isin(ids, placeholders)] = 4
             ids[:, : len(placeholders)] = placeholders
-            feeds[name] = np.where(mask == 1, ids, getattr(module.config.get_text_config(), "pad_token_id", None) or 0)
+            feeds[name] = np.where(mask == 1, ids, getattr(_texts_of(module.config), "pad_token_id", None) or 0)
         elif name == "attention_mask":
             frames = sizes[1] or length  # of sound, a fixed number
             feeds[name] = np.pad(mask[:, -min(length, frames) :], ((0, 0), (max(0, frames - length), 0)), mode="edge")
@@ -437,9 +441,8 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
         elif name == "token_type_ids":
             feeds[name] = np.zeros((ROWS, length), np.int64)
         elif name == "decoder_input_ids":
-            feeds[name] = rng.integers(
-                5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, sizes[1] or TARGETS)
-            )
+            targets = [ROWS, *(size or TARGETS for size in sizes[1:])]
+            feeds[name] = rng.integers(5, _texts_of(module.config, decoder=True).vocab_size, targets)
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
         elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound
@@ -451,6 +454,13 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             long = OF_SOUND.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
     return feeds
+
+
+def _texts_of(config: Any, *, decoder: bool = False) -> Any:
+    """Return the config of the texts of a model; one that joins an encoder of texts and a decoder of sound has two."""
+    if hasattr(config, "text_encoder") and hasattr(config, "decoder"):
+        return config.decoder if decoder else config.text_encoder
+    return config.get_text_config(decoder=decoder)
 
 
 def _parameters(module: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from compressor.models.config_shapes import CLIPS, SOUND, main_input
-from compressor.models.several_inputs import draws_noise
+from compressor.models.several_inputs import codebooks, draws_noise
 from compressor.models.video.inputs import takes_videos
 
 Kind = Literal["image", "video", "sound", "text"]
@@ -66,9 +66,9 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
     """Return the default preprocessor of a model of transformers that suits its reduced config.
 
     Models of several kinds of inputs have none here: a processor that joins them needs the tokens of a tokenizer of
-    their own, and none gives the noise that a model computes with.
+    their own, and none gives the noise that a model computes with, or codes of sound.
     """
-    if draws_noise(module):
+    if draws_noise(module) or codebooks(module.config) is not None:
         return None
     taken = set(inspect.signature(module.forward).parameters)
     main, config = main_input(module), module.config

@@ -158,6 +158,9 @@ STATED: dict[str, dict[str, Any]] = {
     "PaddleOCRTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
     },
+    "DiaDecoderConfig": {
+        "cross_hidden_size": 32, "cross_num_attention_heads": 4, "cross_num_key_value_heads": 4, "cross_head_dim": 8,
+    },
     "EdgeTamConfig": {"prompt_encoder_config": {"patch_size": 16, "image_size": 256}},  # of a stride of 16 in all
     "EdgeTamVisionConfig": {
         "backbone_config": {

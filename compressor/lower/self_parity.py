@@ -202,6 +202,12 @@ def _check_row(
     among = {
         name: value[place] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
+    if not among:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in reference.expected.items())
+        raise BatchError(
+            f"{model.name} returns {shapes} for {rows} rows; expected one entry for each row as the first axis of an "
+            "output, so have forward return it with the batch as first axis."
+        )
     if model.has_two_towers:  # the row is one image and one text, whose similarity is that of their places
         sides = {name: [slice(-size, None) if last else slice(size) for size in alone[name].shape] for name in among}
         among = {name: value[tuple(sides[name])] for name, value in among.items()}

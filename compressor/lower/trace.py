@@ -336,9 +336,9 @@ def _explain(model: Model, error: Exception, failure: str | None) -> str:
     if model.source == "transformers" and "data-dependent" in reason:
         place = reason.rpartition(", at ")[2] if ", at " in reason else "in its forward"
         return (
-            f"{model.name} is a {type(model.module).__name__}, which decides by a value that it computes what to compute "
-            f"next ({place}), and a graph holds one way alone; pass the part of it that you need as a module of your "
-            "own, package.module:factory, with example inputs."
+            f"{model.name} is a {type(model.module).__name__}, which decides by a value that it computes what to "
+            f"compute next ({place}), and a graph holds one way alone; pass the part of it that you need as a module of "
+            "your own, package.module:factory, with example inputs."
         )
     if model.source == "transformers" and _axis(model, str(error)) == "batch":
         return (

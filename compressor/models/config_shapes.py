@@ -31,6 +31,7 @@ WIDTHS = (
     "input_dim",
     "input_size",
     "feature_size",
+    "num_chroma",
 )
 USUAL_WIDTHS = (128, 80)  # mel channels, for a config that states none, as that of Gemma 4's encoder
 STATES = ("d_model", "hidden_size")  # widths of features that an encoder takes as its states, as Pop2Piano's

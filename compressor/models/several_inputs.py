@@ -39,10 +39,20 @@ from passes.torch_internals import DataDependentOutputException, FakeTensorMode
 TOKENS = 16  # of the example; a multiple of the blocks of most models
 SHORTER = 12
 ANY = 0  # stands for the number of tokens in a shape
-SEQUENCE = "sequence"
+CODED = -1  # stands for the number of frames of codes
+FEWER = 5  # frames of codes than tokens in the example
+SEQUENCE, CODES_AXIS = "sequence", "code_sequence"
 IMAGES = ("pixel_values", "prompt_pixel_values", "prompt_masks", "pixel_values_videos")
 # What forward takes in place of another input, or makes itself.
-OTHERS = ("inputs_embeds", "image_embeds", "text_embeds", "vision_embeds", "encoder_hidden_states", "decoder_input_ids")
+OTHERS = (
+    "inputs_embeds",
+    "image_embeds",
+    "text_embeds",
+    "vision_embeds",
+    "encoder_hidden_states",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
 NOISE = "noise"  # what a model draws at random if it is not given
 FRAMES_OF_NOISE = "noise_sequence"  # for each frame of a spectrogram, as a vocoder makes a waveform of it
 PAIR = 2  # images that a model compares
@@ -65,6 +75,7 @@ SERIES: Mapping[str, Literal["values", "zeros", "mask"]] = {
     "future_time_features": "values",
     "past_values_padding": "zeros",
 }
+CODE_IDS, IN_ROWS = "decoder_input_ids", "num_codebooks"
 EMBEDDED = "inputs_embeds"
 SHARED = "shared_kv_states"  # keys and values of another model by the kinds of its layers, as an assistant reads them
 PAIRED = ("key", "value")
@@ -93,7 +104,8 @@ class Form:
 
     def values(self, rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
         """Return seeded values, [rows, *shape]; the mask of the second row ends early, so that it is not constant."""
-        size = (rows, *(each or tokens for each in self.shape))
+        free = {ANY: tokens, CODED: tokens - FEWER}
+        size = (rows, *(free.get(each, each) for each in self.shape))
         seeded = torch.Generator().manual_seed(seed)
         if self.kind == "ids":
             return torch.randint(0, self.limit, size, generator=seeded)
@@ -109,7 +121,8 @@ class Form:
     @property
     def axes(self) -> dict[int, str]:
         """The dynamic axes of the input."""
-        return {0: "batch"} | {axis: SEQUENCE for axis, size in enumerate(self.shape, 1) if size == ANY}
+        names = {ANY: SEQUENCE, CODED: CODES_AXIS}
+        return {0: "batch"} | {axis: names[size] for axis, size in enumerate(self.shape, 1) if size in names}
 
 
 def wrap(loaded: Loaded) -> Model | None:
@@ -158,6 +171,7 @@ def wrap(loaded: Loaded) -> Model | None:
             *_limitations(module, names, outputs),
             *_of_several(module, example, outputs),
             *_of_pairs(paired),
+            *_of_codes(module),
             *_of_clips(forms),
             *_of_one_length(tokens, asked=loaded.sequence_length is not None, fixed=any_length and not varies),
         ),
@@ -194,7 +208,7 @@ def _check_length(module: Any, forms: Mapping[str, Form], loaded: Loaded, *, any
 def _of_several(module: Any, example: Call, outputs: Sequence[str]) -> Iterator[Limitation]:
     """Yield the outputs that have several tensors under one name, of which the first is taken."""
     with torch.inference_mode():
-        returned = module(**nested(example), **without_cache(module))
+        returned = _called(module, example)
     for name in outputs:
         if isinstance(returned[name], list | tuple):
             reason = f"the model returns {len(returned[name])} tensors, of which the first is one"
@@ -206,6 +220,15 @@ def _of_pairs(paired: Sequence[str]) -> Iterator[Limitation]:
     for name in paired:
         reason = "the model compares each row with every other, and the file has the value of each row with itself"
         yield Limitation(f"output {name}", reason)
+
+
+def _of_codes(module: Any) -> Iterator[Limitation]:
+    """Yield the form of the codes of a model that writes several for each frame of sound, and that it has no cache."""
+    books = codebooks(module.config)
+    if books is not None:
+        form = f"[rows, {books}, frames], and the logits [rows, {books}, frames, vocabulary]"
+        yield Limitation("codes of sound", f"{CODE_IDS} are {form}")
+        yield Limitation("KV cache", "the file has none, so every new frame recomputes the earlier ones")
 
 
 def _of_clips(forms: Mapping[str, Form]) -> Iterator[Limitation]:
@@ -230,8 +253,22 @@ def _decodes_tokens(module: Any) -> bool:
     The prediction network of a transducer (Parakeet) does not attend to the sound, and takes no mask.
     """
     taken = inspect.signature(module.forward).parameters
-    decodes = "decoder_input_ids" in taken and "decoder_attention_mask" in taken
+    decodes = CODE_IDS in taken and "decoder_attention_mask" in taken and codebooks(module.config) is None
     return decodes and getattr(module.config, "is_encoder_decoder", False)
+
+
+def codebooks(config: Any) -> int | None:
+    """Return the number of codes that the decoder of a model writes for each frame of sound; None for other models."""
+    decoder = _code_decoder(config)
+    counts = (getattr(decoder, name, None) for name in (IN_ROWS, "num_channels"))
+    return next((count for count in counts if isinstance(count, int) and count > 1), None)
+
+
+def _code_decoder(config: Any) -> Any:
+    """Return the config of the decoder of an encoder-decoder of parts; None for other models."""
+    parts = (getattr(config, name, None) for name in ("decoder", "decoder_config"))
+    joined = getattr(config, "is_encoder_decoder", False)
+    return next((part for part in parts if part is not None), None) if joined else None
 
 
 def _preprocessors(loaded: Loaded, names: Sequence[str]) -> tuple[Any, ...]:
@@ -299,7 +336,9 @@ def nested(feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 def _forms(module: Any, name: str) -> Iterator[Form]:
     """Yield the forms in which an input of a name is tried."""
     config = module.config
-    if name == "decoder_input_ids":  # a transducer reads one token, and encoder-decoders are exported as such
+    if name == CODE_IDS and (books := codebooks(config)) is not None:
+        yield Form((books, CODED), "ids", _code_decoder(config).vocab_size)
+    elif name == CODE_IDS:  # a transducer reads one token, and encoder-decoders are exported as such
         yield from (Form((1,), "ids", size) for size in numbers(config, ("vocab_size",))[:1])
     elif name == "task_inputs" and hasattr(config, "task_seq_len"):  # OneFormer's, of one length
         sizes = numbers(config, ("text_encoder_vocab_size",))
@@ -427,6 +466,8 @@ def _all_trials(module: Any) -> Iterator[dict[str, Form]]:
     required = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
     if reads_shared_states(module):
         required += [name for name in known if name == EMBEDDED or "." in name]
+    if codebooks(module.config) is not None:
+        required.append(CODE_IDS)
     if any(name not in known for name in required):
         return
     optional = [name for name in known if name not in required]
@@ -486,9 +527,30 @@ def _runs(module: Any, forms: Mapping[str, Form], rows: int, tokens: int) -> dic
     return {name: value.shape for name, value in returned.items()}
 
 
+def _called(module: Any, feeds: Mapping[str, torch.Tensor]) -> Any:
+    """Return what a module returns; the logits of the codes of a frame, which are in its rows, become an axis."""
+    books = codebooks(module.config)
+    if books is None or CODE_IDS not in feeds:
+        return module(**nested(feeds), **without_cache(module))
+    returned = module(**with_codes(module.config, feeds), **without_cache(module))
+    return {"logits": returned["logits"].unflatten(0, (-1, books))}
+
+
+def with_codes(config: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs with codes, [rows, codes of a frame, frames], as a class takes them.
+
+    MusicGen takes them in its rows, [rows x codes of a frame, frames], and Dia the codes of a frame last.
+    """
+    if CODE_IDS not in feeds:
+        return dict(feeds)
+    codes = feeds[CODE_IDS]
+    in_rows = hasattr(_code_decoder(config), IN_ROWS)
+    return {**feeds, CODE_IDS: codes.flatten(0, 1) if in_rows else codes.mT.contiguous()}
+
+
 def _tensors(module: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors of floats among the outputs of a module, the hidden states first."""
-    returned = module(**nested(feeds), **without_cache(module))
+    returned = _called(module, feeds)
     if not isinstance(returned, Mapping):
         raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
     names = (HIDDEN, *(name for name in returned if name != HIDDEN))

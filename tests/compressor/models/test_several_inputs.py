@@ -257,7 +257,7 @@ def test_attentions_that_read_states_beside_others_need_no_mask_without_padding(
 
 
 def test_an_assistant_reads_keys_and_values_of_another_model_by_their_kinds(tmp_path):
-    """Gemma 4's assistants draft the next token from the states of the model; they were refused, as no text is enough."""
+    """Gemma 4's assistants draft the next token from the states of the model, for which no text is enough."""
     text = SMALL | {"model_type": "gemma4_text", "num_hidden_layers": 2, "head_dim": 8, "global_head_dim": 16}
     text |= {"vocab_size": 40, "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"]}
     text |= {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "sliding_window": 64}
@@ -268,12 +268,61 @@ def test_an_assistant_reads_keys_and_values_of_another_model_by_their_kinds(tmp_
     session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
     feeds = longer(model) | {"position_ids": np.array([[10], [8], [10]])}
     tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
-    shared = {kind: tuple(tensors.pop(f"shared_kv_states.{kind}.{part}") for part in ("key", "value")) for kind in KINDS}
+    shared = {
+        kind: tuple(tensors.pop(f"shared_kv_states.{kind}.{part}") for part in ("key", "value")) for kind in KINDS
+    }
     with torch.inference_mode():
         expected = model.module(**tensors, shared_kv_states=shared)
     assert model.outputs == ("last_hidden_state", "logits")
     for name, found in zip(model.outputs, session.run(list(model.outputs), feeds), strict=True):
         np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=CLOSE, err_msg=name)
+
+
+T5 = {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+ENCODEC = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [2, 2], "hidden_size": 8, "codebook_size": 8}
+WRITER = SMALL | {"vocab_size": 24, "ffn_dim": 16, "max_position_embeddings": 300, "num_codebooks": 4}
+HEADED = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 24}
+CROSS = {f"cross_{name}": HEADED[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Musicgen", {"text_encoder": T5, "audio_encoder": ENCODEC, "decoder": WRITER}),
+        ("MusicgenMelody", {"text_encoder": T5, "audio_encoder": ENCODEC, "decoder": WRITER, "chroma_length": 9}),
+        (
+            "Dia",
+            {
+                "delay_pattern": [0, 1, 2, 3],
+                "encoder_config": SMALL | HEADED,
+                "decoder_config": SMALL | HEADED | CROSS | {"cross_hidden_size": 16, "num_channels": 4},
+            },
+        ),
+    ],
+)
+def test_codes_of_sound_are_an_axis_of_the_inputs_and_of_the_logits(kind, fields, tmp_path):
+    """Their classes take and return the codes of a frame in rows of their own, or last; they were refused."""
+    folder = save_model(tmp_path / "m", f"{kind}ForConditionalGeneration", f"{kind}Config", **fields)
+    model = models.load(folder)
+    assert {"input_ids", "attention_mask", "decoder_input_ids"} <= set(model.inputs)
+    assert model.example["decoder_input_ids"].shape[:2] == (2, 4)
+    assert any(each.feature == "KV cache" for each in model.limitations)
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.integers(3, 20, (3, 9)) for name in ("input_ids", "attention_mask")}
+    feeds["attention_mask"] = np.where(np.arange(9) < [[9], [7], [9]], 1, 0)
+    feeds["decoder_input_ids"] = rng.integers(3, 20, (3, 4, 6))
+    if "input_features" in model.inputs:
+        shape = model.example["input_features"].shape[1:]
+        feeds["input_features"] = rng.standard_normal((3, *shape)).astype(np.float32)
+    own = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    own["decoder_input_ids"] = (
+        own["decoder_input_ids"].mT.contiguous() if kind == "Dia" else own["decoder_input_ids"].flatten(0, 1)
+    )
+    with torch.inference_mode():
+        expected = model.module(**own, use_cache=False).logits.numpy()
+    (found,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=CLOSE)
 
 
 def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):
