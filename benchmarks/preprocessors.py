@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from compressor.models.config_shapes import CLIPS, SOUND, main_input
+from compressor.models.several_inputs import codebooks, draws_noise
 from compressor.models.video.inputs import takes_videos
 
 Kind = Literal["image", "video", "sound", "text"]
@@ -65,8 +66,10 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
     """Return the default preprocessor of a model of transformers that suits its reduced config.
 
     Models of several kinds of inputs have none here: a processor that joins them needs the tokens of a tokenizer of
-    their own.
+    their own, and none gives the noise that a model computes with, or codes of sound.
     """
+    if draws_noise(module) or codebooks(module.config) is not None:
+        return None
     taken = set(inspect.signature(module.forward).parameters)
     main, config = main_input(module), module.config
     speaks = {"input_ids"} <= taken
@@ -85,6 +88,8 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
         gives = extractor is not None and main in extractor.model_input_names
         parts, kind = {"sound": extractor} if gives else {}, "sound"
     elif main == "input_ids" and not taken & {"pixel_values", *SOUND}:
+        if not _reads_texts(module):
+            return None
         parts, kind = {}, "text"
     else:
         return None
@@ -95,6 +100,20 @@ def preprocessor_of(module: Any) -> Preprocessor | None:
     if tokenizer is not None:
         parts["text"] = tokenizer
     return Preprocessor(kind, parts, side) if parts else None
+
+
+def _reads_texts(module: Any) -> bool:
+    """Return whether texts alone are inputs of a model, as an encoder-decoder has them; those of BROS have boxes."""
+    import torch
+
+    if getattr(module.config, "is_encoder_decoder", False):
+        return True
+    try:
+        with torch.inference_mode():
+            module(input_ids=torch.full((1, 16), 5))
+    except Exception:  # models raise errors of all kinds
+        return False
+    return True
 
 
 def _side_kept(processor: Any, config: Any) -> int | None:
@@ -193,7 +212,9 @@ def _feature_extractor(config: Any) -> Any:
     kind = _listed(FEATURE_EXTRACTOR_MAPPING, config)
     if kind is None:
         return None
-    channels = next((value for name in CHANNELS if isinstance(value := getattr(config, name, None), int)), None)
+    parts = (config, getattr(config, "audio_config", None))
+    stated = (getattr(part, name, None) for part in parts for name in CHANNELS)
+    channels = next((value for value in stated if isinstance(value, int)), None)
     taken = inspect.signature(kind.__init__).parameters
     names = [name for name in ("num_mel_bins", "feature_size") if name in taken]
     fields = {names[0]: channels} if names and channels is not None else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stated_fields import STATED
@@ -112,7 +112,17 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
             if name == "decoder" and "EncoderDecoder" in config_class.__name__:  # joined from two models
                 fields[name] |= {"is_decoder": True, "add_cross_attention": True}
     _fit_parts(values, fields)
-    return fields | STATED.get(config_class.__name__, {})
+    return fields | {name: _stated(value, fields.get(name)) for name, value in _stated_of(config_class)}
+
+
+def _stated_of(config_class: Any) -> Iterable[tuple[str, Any]]:
+    return STATED.get(config_class.__name__, {}).items()
+
+
+def _stated(value: Any, reduced: Any) -> Any:
+    """Return a stated field; one of a part without its type adds to the reduced fields of the part."""
+    adds = isinstance(value, dict) and isinstance(reduced, dict) and "model_type" in reduced
+    return reduced | value if adds and "model_type" not in value else value
 
 
 def _default(config_class: Any) -> Any:
@@ -200,10 +210,12 @@ def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
         fields["num_queries"] = 8  # of as few tokens of an image
         if "text_config" in values and "image_size" in backbone:  # Grounding DINO normalises over the last stage
             backbone["image_size"] = 2 * STAGED_SIDE
-    if "bridge_connector" in values or "layer_list_out_channels" in values:  # UVDoc and PP-OCRv6 join all stages
+    blocks = "block_configs" in (values.get("backbone_config") or {})
+    detects = "layer_list_out_channels" in values or ("intraclass_block_config" in values and blocks)
+    if "bridge_connector" in values or detects:  # UVDoc and PP-OCRv6 join all stages
         names = values["backbone_config"]["stage_names"][1:]
         backbone |= {"out_features": names, "out_indices": list(range(1, len(names) + 1))}
-        if "layer_list_out_channels" in values:  # each stage of its detectors halves the image, of the default not
+        if detects:  # each stage of its detectors halves the image, of the default not
             widths = zip([GROWING[0], *GROWING], GROWING, strict=False)
             backbone["block_configs"] = [[[3, *each, 1 + bool(stage), not stage]] for stage, each in enumerate(widths)]
             backbone["stem_channels"] = [3, GROWING[0], GROWING[0]]

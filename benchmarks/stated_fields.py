@@ -1,6 +1,7 @@
 """Fields of configurations that checkpoints state and classes do not, or that must fit each other.
 
 They are those that no rule of benchmarks/small_configs.py finds by the names of fields, for each configuration class.
+A part without its type adds to the fields of the part.
 """
 
 from __future__ import annotations
@@ -11,6 +12,29 @@ SHARING = {  # of Gemma 3n and Gemma 4: a layer of each type keeps keys and valu
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+INKLING = {
+    "unpadded_vocab_size": 120, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+    "sliding_window_size": 8, "rel_extent": 16,
+}  # fmt: skip
+CODEC = {"num_filters": 8, "depths": [1, 1, 1], "downsampling_ratios": [2, 4], "hidden_size": 32}
+FLOW = {"flow_head_config": {"hidden_size": 32, "num_hidden_layers": 2, "condition_dim": 32}, "num_key_value_heads": 4}
+TOWER = {  # of Perception Encoder, by timm
+    "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "do_pooling": True,
+    "num_classes": 32, "global_pool": "map",
+    "model_args": {"embed_dim": 64, "img_size": [56, 56], "depth": 2, "num_heads": 4, "ref_feat_shape": [4, 4]},
+}  # fmt: skip
+STRIPES = {  # kernel, stride and padding of the convolutions of PP-OCR, as its checkpoints have them
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+} | {
+    f"{name}_{ratio}ratio": [kernel(size), [1, 1], padding(size // 2)]
+    for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+    for name, kernel, padding in (
+        ("vertical_long_to_small_conv", lambda size: [size, 1], lambda half: [half, 0]),
+        ("horizontal_small_to_long_conv", lambda size: [1, size], lambda half: [0, half]),
+        ("symmetric_conv_long", lambda size: [size, size], lambda half: [half, half]),
+    )
 }
 STATED: dict[str, dict[str, Any]] = {
     "Xcodec2Config": {"quantization_dim": 64, "num_key_value_heads": 4},  # the widths of its two encoders together
@@ -73,9 +97,14 @@ STATED: dict[str, dict[str, Any]] = {
         },
     },
     "MoonshineStreamingConfig": {"num_key_value_heads": 4},  # its class views queries by them
+    "NemotronH_Omni_Reasoning_V3_Config": {
+        "image_token_id": 3, "video_token_id": 4, "audio_token_id": 5, "vision_hidden_size": 32,
+        "vision_config": {"video_temporal_patch_size": 2},
+        "audio_config": {"projection_hidden_size": 32, "projection_bias": False},
+    },
     "NeoMMEConfig": {"head_dim": 16},
     "AutoformerConfig": {"num_time_features": 2, "label_length": 4},
-    "InformerConfig": {"num_time_features": 2},
+    "InformerConfig": {"num_time_features": 2, "context_length": 32},  # of less, no queries are drawn
     "TimeSeriesTransformerConfig": {"num_time_features": 2},
     "PerceiverConfig": {"num_self_attends_per_block": 2},
     "PerceptionLMConfig": {
@@ -131,7 +160,39 @@ STATED: dict[str, dict[str, Any]] = {
     "PaddleOCRTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [1, 1, 2]},
     },
+    "DiaDecoderConfig": {
+        "cross_hidden_size": 32, "cross_num_attention_heads": 4, "cross_num_key_value_heads": 4, "cross_head_dim": 8,
+    },
+    "EdgeTamConfig": {"prompt_encoder_config": {"patch_size": 16, "image_size": 256}},  # of a stride of 16 in all
+    "EdgeTamVisionConfig": {
+        "backbone_config": {
+            "model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2,
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        },
+        "backbone_channel_list": [384, 192, 96, 48], "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
+    },
+    "GradiumPhononTTSConfig": FLOW,
+    "Inkling2LoopTextConfig": INKLING
+    | {"num_hidden_layers": 6, "n_layers_per_attn_res_block": 2}
+    | {"loop_layer_index_start": 2, "loop_layer_index_end": 4},
+    "Inkling2TextConfig": INKLING,
+    "Inkling2VisionConfig": {"text_hidden_size": 32, "projection_hidden_dim": 64},
+    "PeVideoEncoderConfig": {"vision_config": TOWER, "num_key_value_heads": 4},
+    "PocketTTSConfig": FLOW,
+    "PPOCRV5ServerDetConfig": {
+        "intraclass_block_config": STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
+    },
+    "PPOCRV6MediumDetConfig": {
+        "intraclass_block_config": STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
+    },
     "Step3p7TextConfig": {"sliding_window": 8},
+    "VibeVoiceAcousticTokenizerConfig": CODEC,
+    "VibeVoiceAcousticTokenizerDecoderConfig": CODEC,
+    "VibeVoiceAcousticTokenizerEncoderConfig": CODEC,
+    "VibeVoiceDiffusionHeadConfig": {"latent_size": 32},
+    "T5Gemma2EncoderConfig": {"text_config": {"dropout_rate": 0.0}},
+    "TvpConfig": {"num_frames": 2, "max_img_size": 64, "visual_prompt_size": 8},
     "WavTokenizerConfig": {"codebook_dim": 32, "codebook_size": 40},
-    "WavTokenizerEncoderConfig": {"codebook_dim": 32},
+    "WavTokenizerEncoderConfig": {"codebook_dim": 32, "codebook_size": 40},
 }  # fmt: skip

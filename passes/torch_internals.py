@@ -15,7 +15,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import OptimizedModule
 from torch._dynamo.source import ConstantSource
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx import config, traceback
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 # OpOverload: the type of operators in a graph.
 # FakeTensorMode: tensors with a shape and a type but no elements. Offloaded weights need it for shape-only runs.
+# DataDependentOutputException: what such tensors raise where their values are asked for.
 # enable_python_dispatcher: without it, addcmul rejects fake operands that broadcast.
 # tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but treats named tuples of
 # torch.return_types as leaves.
@@ -46,6 +52,7 @@ __all__ = [
     "SAFE_SOFTMAX",
     "SOFTMAX",
     "UNSAFE_VIEWS",
+    "DataDependentOutputException",
     "FakeTensorMode",
     "KnownValues",
     "OpOverload",

@@ -1308,6 +1308,9 @@ def test_architectures_whose_images_vary_in_size_are_compared_at_two_sizes(name,
         ("gemma4", ("vision_tower", "audio_tower")),  # its class leaves them out by default
         ("zamba", ("layers",)),  # states a list of the kinds of its layers, of which two of each are needed
         ("dbrx", ("blocks",)),  # its class reads a field that only checkpoints state
+        ("inkling2", ("vision_tower",)),  # whose width must be that of its language model
+        ("vibevoice", ("audio_tower", "diffusion_head")),  # with a codec of 390 million parameters
+        ("t5gemma2_encoder", ("vision_tower",)),  # the fields of one of its parts are added to
     ],
 )
 def test_models_that_need_more_than_narrow_layers_are_made_small(name, parts):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from onnxscript.rewriter import _matcher
 from onnxscript.rewriter._basics import MatchResult
 from onnxscript.rewriter._matcher import PatternMatcher
 
-__all__ = ["exact_constants", "grouped_attention", "rules_by_operator"]
+__all__ = ["exact_constants", "grouped_attention", "plain_sum", "rules_by_operator"]
 
 
 def grouped_attention(*arguments: Any) -> Any:
@@ -30,6 +31,13 @@ def grouped_attention(*arguments: Any) -> Any:
     from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
     return aten_scaled_dot_product_attention(*arguments)
+
+
+def plain_sum(*arguments: Any) -> Any:
+    """Add a sum over axes by onnxscript's own translation; see `grouped_attention` for its import."""
+    from onnxscript.function_libs.torch_lib.ops.core import aten_sum_dim_IntList
+
+    return aten_sum_dim_IntList(*arguments)
 
 
 class _ByOperator(PatternMatcher):
@@ -52,19 +60,34 @@ class _ByOperator(PatternMatcher):
         return found
 
 
+def _named_apart(rewrite: Callable[..., Any], model: Any, graph: Any, node: Any, **options: Any) -> Any:
+    """Return what a rule puts in place of a node, with new names for its constants if those name other constants.
+
+    The rules name the bounds of a clip after its input. A value that is clipped twice got one pair of bounds for both.
+    """
+    found = rewrite(model, graph, node, **options)
+    for value in () if found is None else found.new_initializers:
+        present = graph.initializers.get(value.name)
+        if present is not None and set(present.consumers()) - set(found.match.nodes):
+            free = (f"{value.name}_{number}" for number in itertools.count(1))
+            value.name = next(name for name in free if name not in graph.initializers)
+    return found
+
+
 @functools.cache
 def _default_rules() -> tuple[Any, ...]:
     rules = []
     for rule in rewriter._DEFAULT_REWRITE_RULES:
-        own = copy.copy(rule)
+        own: Any = copy.copy(rule)
         own._matcher = _ByOperator(rule._matcher)
+        own.try_rewrite = functools.partial(_named_apart, own.try_rewrite)
         rules.append(own)
     return tuple(rules)
 
 
 @contextlib.contextmanager
 def rules_by_operator() -> Iterator[None]:
-    """Try each rewrite rule of the optimizer only at nodes of its operator.
+    """Try each rewrite rule of the optimizer only at nodes of its operator, and keep the names of its constants apart.
 
     Replaces `onnxscript.rewriter._DEFAULT_REWRITE_RULES`. Without it, every rule is matched at every node, and those
     with several outputs sort all nodes of the graph each time: an eighth of the time of an export.

@@ -12,12 +12,14 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 from unittest import mock
 
 import transformers
+from transformers import masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -37,6 +39,7 @@ __all__ = [
     "SAFE_WEIGHTS_NAME",
     "WEIGHTS_INDEX_NAME",
     "WEIGHTS_NAME",
+    "MaskAsked",
     "as_checkpoints_name_them",
     "as_modules_name_them",
     "cached",
@@ -46,6 +49,7 @@ __all__ = [
     "made_by",
     "quiet",
     "shards",
+    "unpadded_masks",
     "with_names",
     "with_random_weights",
     "without_bar",
@@ -152,10 +156,12 @@ def with_random_weights(kind: Any, config: Any) -> Any:
 def made_by(automatic: Any, config: Any) -> tuple[Any, ...]:
     """Return the model classes that an automatic class makes from a config; empty if it does not know the config.
 
+    It lists Evolla, but finds another name for its config, and then makes no model of it.
+
     Uses the attribute `_model_mapping` of automatic classes.
     """
     mapping = automatic._model_mapping
-    found = mapping.get(type(config), ())
+    found = mapping.get(type(config), ()) if type(config) in mapping else ()
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
@@ -220,3 +226,34 @@ def without_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+@dataclass
+class MaskAsked:
+    """Whether a module has asked, since, if the mask of an attention to both sides can be left out without padding."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def unpadded_masks(*, leave_out: bool) -> Iterator[MaskAsked]:
+    """Note whether attentions to both sides are masked without padding, and leave out their masks if `leave_out`.
+
+    Replaces `masking_utils._ignore_bidirectional_mask_sdpa`, which leaves them out where a module is called, but not
+    where it is exported. Of Informer, whose layers halve the tokens, the mask then has the size of another layer.
+    """
+    own, found = masking_utils._ignore_bidirectional_mask_sdpa, MaskAsked()
+
+    def ignored(padding_mask: Any, kv_length: Any, local_attention_size: int | None = None) -> bool:
+        if padding_mask is not None:
+            return bool(own(padding_mask, kv_length, local_attention_size))
+        found.asked = True
+        if leave_out:
+            return local_attention_size is None or bool(kv_length < local_attention_size)
+        return bool(own(padding_mask, kv_length, local_attention_size))
+
+    with mock.patch.object(masking_utils, "_ignore_bidirectional_mask_sdpa", ignored):
+        yield found

@@ -26,6 +26,10 @@ REMEDY = (
     "expected the same outputs; switch dropout and noise off in evaluation, such as "
     "F.dropout(x, p, training=self.training) and no torch.rand in forward, or pass the noise as an input"
 )
+OF_A_LIBRARY = (
+    "expected the same outputs; its class draws them in evaluation too, so pass it as a module of your own, "
+    "package.module:factory, whose forward takes the noise as an input"
+)
 
 
 class RandomModelError(CompressorError):
@@ -62,14 +66,14 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
     operators = random_operators(graph)
     if has_offloaded(graph):
         if operators:
-            raise RandomModelError(f"{model.name} draws random numbers ({_named(operators)}): {REMEDY}.")
+            raise RandomModelError(f"{model.name} draws random numbers ({_named(operators)}): {_remedy(model)}.")
         return
     first, second = (_module_outputs(model, feeds) for _ in range(2))
     same = all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
     if operators and not same:
         raise RandomModelError(
             f"{model.name} returns other outputs when it runs again on the same rows, because it draws random numbers "
-            f"({_named(operators)}){_training(model)}: {REMEDY}."
+            f"({_named(operators)}){_training(model)}: {_remedy(model)}."
         )
     if operators and _varies(graph, feeds):
         raise RandomModelError(
@@ -89,7 +93,7 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
         raise RandomModelError(
             f"{model.name} returns other outputs when it runs again on the same rows ({error.place}"
             f"{_training(model)}); its graph has no random operator, so it changes its own state or draws numbers "
-            f"outside torch: {REMEDY}."
+            f"outside torch: {_remedy(model)}."
         ) from error
     row = {name: value[:1] for name, value in feeds.items()}
     compared = feeds
@@ -198,6 +202,12 @@ def _check_row(
     among = {
         name: value[place] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
+    if not among:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in reference.expected.items())
+        raise BatchError(
+            f"{model.name} returns {shapes} for {rows} rows; expected one entry for each row as the first axis of an "
+            "output, so have forward return it with the batch as first axis."
+        )
     if model.has_two_towers:  # the row is one image and one text, whose similarity is that of their places
         sides = {name: [slice(-size, None) if last else slice(size) for size in alone[name].shape] for name in among}
         among = {name: value[tuple(sides[name])] for name, value in among.items()}
@@ -230,6 +240,11 @@ def _module_outputs(model: Model, feeds: Mapping[str, torch.Tensor]) -> dict[str
     with torch.inference_mode():
         outputs = model.call(model.module, *(feeds[name] for name in model.inputs))
         return {name: np.atleast_1d(value.numpy()) for name, value in zip(model.outputs, outputs, strict=True)}
+
+
+def _remedy(model: Model) -> str:
+    """Return what to do with a model that draws random numbers: change its forward, or that of a library in another."""
+    return OF_A_LIBRARY if model.source == "transformers" else REMEDY
 
 
 def _training(model: Model) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.errors import CompressorError
+from compressor.internals.transformers import MaskAsked, unpadded_masks
 from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
 from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths, symbolic_windows
 from compressor.lower.symbolic.truths import FixedTruth, constant_truths, truths_of
@@ -194,11 +195,17 @@ def _exported(model: Model) -> tuple[ExportedProgram, ExportedProgram, tuple[Fix
 
     A model of one length that cannot be traced as it is, is traced with its whole numbers as numbers of Python. One of
     transformers that branches on a value of truth is traced with the one of all trial calls; who passes a module of
-    their own can change its forward.
+    their own can change its forward. One whose attentions read both sides, and no mask, is traced without the masks
+    that transformers makes only where a module is exported, if it fails with them.
     """
+    masks = MaskAsked()
     try:
-        return (*_programs(model), ())
+        with unpadded_masks(leave_out=False) as masks:
+            return (*_programs(model), ())
     except Exception:
+        if masks.asked:
+            with contextlib.suppress(Exception), unpadded_masks(leave_out=True):
+                return (*_programs(model), ())
         one_length = not any(name.endswith(SEQUENCE) for axes in model.dynamic_axes.values() for name in axes.values())
         if one_length and holds_numbers(model.module):
             with contextlib.suppress(Exception), whole_numbers(model.module):  # the first error is the one to tell
@@ -329,6 +336,19 @@ def _explain(model: Model, error: Exception, failure: str | None) -> str:
             "over the tokens, an nn.GRU, or a number that is computed from their count does; compute with tensor "
             f"operators, or export it for {size} tokens alone by a line that fails for others: assert "
             f"{name}.shape[1] == {size}."
+        )
+    if model.source == "transformers" and "data-dependent" in reason:
+        place = reason.rpartition(", at ")[2] if ", at " in reason else "in its forward"
+        return (
+            f"{model.name} is a {type(model.module).__name__}, which decides by a value that it computes what to "
+            f"compute next ({place}), and a graph holds one way alone; pass the part of it that you need as a module "
+            "of your own, package.module:factory, with example inputs."
+        )
+    if model.source == "transformers" and _axis(model, str(error)) == "batch":
+        return (
+            f"{model.name} is a {type(model.module).__name__}, which computes with the number of rows in Python, as a "
+            f"list with an entry for each does, so a graph would hold for one number of rows alone ({reason}); pass it "
+            "as a module of your own, package.module:factory, whose forward computes with tensors of all rows."
         )
     if model.sizes:
         return (

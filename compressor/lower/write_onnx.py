@@ -24,7 +24,7 @@ from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
 from compressor.lower.gguf import writer
-from compressor.lower.translations import attention, recurrence, running
+from compressor.lower.translations import attention, recurrence, running, whole_sums
 from compressor.lower.translations.decompose_nodes import decompose_nodes
 from compressor.models.base import first_line
 from compressor.models.text.recurrence import OPERATOR
@@ -144,7 +144,10 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
         output_names=list(graph.outputs),
         verbose=False,
         optimize=False,  # weights that stay on disk are replaced first
-        custom_translation_table=attention.TRANSLATIONS | recurrence.TRANSLATIONS | running.TRANSLATIONS,
+        custom_translation_table=attention.TRANSLATIONS
+        | recurrence.TRANSLATIONS
+        | running.TRANSLATIONS
+        | whole_sums.TRANSLATIONS,
     )
     assert program is not None
     return program

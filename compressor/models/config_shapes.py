@@ -31,7 +31,10 @@ WIDTHS = (
     "input_dim",
     "input_size",
     "feature_size",
+    "num_chroma",
 )
+USUAL_WIDTHS = (128, 80)  # mel channels, for a config that states none, as that of Gemma 4's encoder
+STATES = ("d_model", "hidden_size")  # widths of features that an encoder takes as its states, as Pop2Piano's
 LENGTHS = ("max_length", "max_source_positions")
 CLIPS = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
@@ -98,7 +101,8 @@ def sample_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int
         yield (SAMPLES,), 1
         yield (1, SAMPLES), 2
     if main in SOUND:
-        for width in numbers(config, WIDTHS):
+        unstated = [*USUAL_WIDTHS, *numbers(config, STATES)] if main != "input_values" else []
+        for width in numbers(config, WIDTHS) or unstated:
             yield (FRAMES, width), 1
             yield (width, FRAMES), 2
             yield from (((length, width), 0) for length in numbers(config, LENGTHS))
@@ -110,6 +114,20 @@ def sample_shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int
     if main == "past_values":
         for length in numbers(config, ("context_length",)):
             yield from (((length, channels), 0) for channels in numbers(config, ("num_input_channels",)))
+
+
+def shape_of_timm(module: Any) -> tuple[int, int, int] | None:
+    """Return channels, height and width of the images of a vision tower that timm makes; None for other towers.
+
+    They are those of its pretrained weights, or the height and width that its embedding of patches was made for.
+    """
+    made = ((part, getattr(part, "pretrained_cfg", None)) for part in module.modules())
+    tower, facts = next(((part, facts) for part, facts in made if facts), (None, None))
+    if facts is None:
+        return None
+    channels, *size = facts["input_size"]
+    height, width = getattr(getattr(tower, "patch_embed", None), "img_size", None) or size
+    return int(channels), int(height), int(width)
 
 
 def _multiples(main: str) -> Iterator[tuple[tuple[int, ...], int]]:

@@ -206,6 +206,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     _check_forward(architecture, config, location)
     if _has_two_towers(architecture):
         return ZERO_SHOT
+    if _named(architecture) is not None and several_inputs.codebooks(config) is not None:
+        return "feature-extraction"
     from_to = encoder_decoder.task_of(config, architecture)
     if from_to is not None:
         return from_to
@@ -382,10 +384,12 @@ def class_of(config: Any, task: str) -> Any:
     architecture = (config.architectures or [""])[0]
     named = _named(architecture)
     if task not in AUTO:
-        return named if named is not None and _is_bare(architecture) else transformers.AutoModel
+        own = _is_bare(architecture) or several_inputs.codebooks(config) is not None
+        return named if named is not None and own else transformers.AutoModel
     automatic = getattr(transformers, AUTO[task])
     own = _head(config, architecture) == task or (task == ZERO_SHOT and _has_two_towers(architecture))
-    own = own or (task == GENERATION and not made_by(automatic, config) and _generates(named, config))
+    whole = task == vision_language.TASK and vision_language.is_vision_language(architecture)
+    own = own or ((task == GENERATION or whole) and not made_by(automatic, config) and _generates(named, config))
     if named is None or not own or named in made_by(automatic, config) or hasattr(config, "auto_map"):
         return automatic
     return named
@@ -420,11 +424,12 @@ def wrap(loaded: Loaded) -> Model:
 def _wrapped(loaded: Loaded) -> Model:
     """Return the model by the inputs of its task, or by all its inputs if it computes features of several."""
     try:
-        noisy = several_inputs.NOISE in inspect.signature(loaded.module.forward).parameters
-        with_noise = several_inputs.wrap(loaded) if noisy and loaded.task in FEATURES else None
-        return _of_task(loaded) if with_noise is None else with_noise
+        first = several_inputs.draws_noise(loaded.module) or several_inputs.codebooks(loaded.module.config) is not None
+        found = several_inputs.wrap(loaded) if first and loaded.task in FEATURES else None
+        return _of_task(loaded) if found is None else found
     except OtherInputsError:
-        model = several_inputs.wrap(loaded) if loaded.task in FEATURES else None
+        several = loaded.task in FEATURES or several_inputs.reads_shared_states(loaded.module)
+        model = several_inputs.wrap(loaded) if several else None
         if model is None:
             raise
         return model

@@ -70,18 +70,21 @@ def _divided(own: Callable[..., Any]) -> Callable[..., Any]:
 _as_strided = torch.Tensor.as_strided
 
 
-def _strided(values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any], offset: int | None = None) -> Any:
+def _strided(
+    values: torch.Tensor, size: Sequence[Any], stride: Sequence[Any], storage_offset: int | None = None
+) -> Any:
     """Return what as_strided does, by slices if it makes windows [rows, windows, tokens, width] of tokens.
 
-    The tokens are [rows, tokens, width] or blocks of them, [rows, blocks, tokens, width].
+    The tokens are [rows, tokens, width] or blocks of them, [rows, blocks, tokens, width]. The arguments have the names
+    that torch's own code calls as_strided with.
     """
-    blocks = _blocks(values, size, stride) if offset is None and len(size) == 4 else None
+    blocks = _blocks(values, size, stride) if storage_offset is None and len(size) == 4 else None
     if blocks is None:
-        return _as_strided(values, size, stride, offset)
+        return _as_strided(values, size, stride, storage_offset)
     parts = size[2] // blocks.shape[2]
     count = blocks.shape[1] - parts + 1
     if not is_known(count == size[1]):
-        return _as_strided(values, size, stride, offset)
+        return _as_strided(values, size, stride, storage_offset)
     return torch.cat([blocks[:, first : count + first] for first in range(parts)], 2)
 
 

@@ -123,8 +123,9 @@ def _repeated(values: torch.Tensor, axis: int, length: int) -> torch.Tensor:
 def sound_input(module: Any) -> str:
     """Return the name of the input of a model that is sound or a time series; its main input if it has none."""
     parts = (module, getattr(module, "encoder", module))  # a model that joins two reads what its encoder reads
+    taken = [name for name in inspect.signature(module.forward).parameters if name in SOUND]
     mains = [main_input(part) for part in parts]
-    return next((name for name in mains if name in (*SOUND, SERIES)), mains[0])
+    return next((name for name in (*mains, *taken) if name in (*SOUND, SERIES)), mains[0])  # Pop2Piano's is tokens
 
 
 def takes_series(kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Sources of encoder-decoders that read images in another form than pixels alone: patches, or pixels and a text."""
+"""Sources of encoder-decoders that read images in another form than pixels alone: patches, or beside a text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from compressor.models.encoder_decoder.parts import SOURCE_TOKENS, Source
 from compressor.models.pretrained.image import INPUT, channels_of, configured_size
 from runtimes.base.vision_language import FLATTENED
 
-IDS, MASK = "input_ids", "attention_mask"
+IDS, MASK, BOXES = "input_ids", "attention_mask", "bbox"
 
 COLUMNS = 4  # patches in a row of the example
 FIRST = 10  # token id of a text, behind those of images
 
 
 def other_image_source(module: Any) -> Source | None:
-    """Return what the encoder reads, with an axis of patches or of tokens of any length; None for pixels alone."""
+    """Return what the encoder reads, with an axis of patches or of tokens of any length; None for pixels alone.
+
+    Of a document, these are its words and their boxes: UDOP reads an image too, but picks its patches for each row by
+    the values of the boxes, which no graph holds.
+    """
     taken = inspect.signature(module.forward).parameters
     if FLATTENED in taken:
         return _patches(module)
+    if IDS in taken and BOXES in taken:
+        return _words_and_boxes(module)
     if INPUT in taken and IDS in taken and image_token(module) is not None:
         return _pixels_and_text(module, int(image_token(module)))  # type: ignore[arg-type]
     return None
@@ -44,6 +50,17 @@ def _patches(module: Any) -> Source:
     patches = torch.cat([places.expand(2, -1, -1), pixels], -1) * mask[..., None]
     example = {FLATTENED: patches, MASK: mask}
     return Source(example, {name: {0: "batch", 1: "patches"} for name in example})
+
+
+def _words_and_boxes(module: Any) -> Source:
+    """Return words with their boxes on a page, [rows, tokens, 4] in 0 to 1; the second row ends in padding."""
+    seeded = torch.Generator().manual_seed(1)
+    ids = torch.randint(FIRST, module.config.get_text_config().vocab_size, (2, SOURCE_TOKENS), generator=seeded)
+    mask = torch.ones_like(ids)
+    mask[1, SOURCE_TOKENS * 3 // 4 :] = 0
+    corners = torch.rand(2, SOURCE_TOKENS, 2, 2, generator=seeded).sort(2)[0]  # left and top before right and bottom
+    example = {IDS: ids, MASK: mask, BOXES: corners.flatten(2)}
+    return Source(example, {name: {0: "batch", 1: "sequence"} for name in example})
 
 
 def _pixels_and_text(module: Any, token: int) -> Source:

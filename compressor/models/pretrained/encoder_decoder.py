@@ -31,6 +31,7 @@ from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.image import INPUT, channels_of, image_limitations, image_preprocess, sized
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import feature_extractor, image_processor, save_sound, tokenizer_of
+from compressor.models.pretrained.signature import DECODER_IDS, other_inputs
 from compressor.models.pretrained.text import max_length, text_limitations, text_preprocess
 from compressor.models.text.padding import causal_padding
 
@@ -120,7 +121,7 @@ def _images(loaded: Loaded, tokenizer: Any) -> _Reader:
             "--image-size out."
         )
     if (source := other_image_source(module)) is not None:
-        return _arrays(source, image_token(module))
+        return _arrays(module, source, image_token(module))
     call = partial(_with_targets, target_tokens(module))((INPUT,))
     processor = image_processor(location, loaded.options)
     chosen = sized(module, call, processor, loaded.image_size, location)
@@ -129,13 +130,14 @@ def _images(loaded: Loaded, tokenizer: Any) -> _Reader:
     return _Reader(source, preprocess, chosen.processor, tuple(image_limitations(module, chosen)))
 
 
-def _arrays(source: Source, token: int | None) -> _Reader:
+def _arrays(module: Any, source: Source, token: int | None) -> _Reader:
     """Return the reader of what is prepared already; `token` stands for a feature of an image in texts."""
     names = tuple(source.example)
     varying = {name: tuple(axis for axis in axes if axis) for name, axes in source.axes.items()}
     preprocess = Preprocess(names, "tensor", as_numpy(source.example), varying=varying, image_token=token)
     reason = f"the data must be arrays by the names of the inputs: {', '.join(names)}"
-    return _Reader(source, preprocess, None, (Limitation("preprocessing", reason),))
+    left_out = other_inputs(module, (*names, DECODER_IDS))
+    return _Reader(source, preprocess, None, (Limitation("preprocessing", reason), *left_out))
 
 
 def _with_targets(targets: torch.Tensor, inputs: tuple[str, ...]) -> Call:

@@ -91,7 +91,7 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
     config = _vision_config(module)
     yield from sized.limitations
     for name, assumed in IMAGE_DEFAULTS.items():
-        if getattr(config, name, None) is None:
+        if getattr(config, name, None) is None and not (name == "image_size" and _stated_size(module)):
             known = name == "image_size" and sized.sizing.size != configured_size(module)
             used = f"{size_text(sized.sizing.size)} is used" if known else f"{assumed} is assumed"
             yield Limitation(f"{name} of the config", f"the config does not specify it, so {used}")
@@ -115,10 +115,19 @@ def channels_of(module: Any) -> int:
 
 def configured_size(module: Any) -> tuple[int, int]:
     """Return height and width of the images in the config of a model, by default those of most models."""
-    stated = (getattr(_vision_config(module), name, None) for name in ("image_size", "max_img_size"))
-    size = next((each for each in stated if each), IMAGE_DEFAULTS["image_size"])
+    size = _stated_size(module) or IMAGE_DEFAULTS["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
+
+
+def _stated_size(module: Any) -> Any:
+    """Return the size of the images that a config states, as a number or a pair; None if it states none.
+
+    EdgeTAM, whose images are encoded by timm, states it for the encoder of its prompts.
+    """
+    parts = (_vision_config(module), getattr(module.config, "prompt_encoder_config", None))
+    sizes = [getattr(part, name, None) for part in parts for name in ("image_size", "max_img_size")]
+    return next((each for each in sizes if each), None)
 
 
 def sized(module: Any, call: Call, processor: Any, image_size: ImageSize, location: str) -> SizedModel:

@@ -13,7 +13,7 @@ import torch
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.models.base import OtherInputsError, first_line
-from compressor.models.text.probe import call_without_cache
+from compressor.models.text.probe import adds_noise, call_without_cache
 
 OUTPUTS = {
     "image-classification": ("logits",),
@@ -39,6 +39,9 @@ OTHER_INPUTS = {
     "bbox": "positions on a page",
     "input_features": "sound",
     "input_values": "sound",
+    "protein_input_ids": "proteins",
+    "audio_prompt_latents": "sound",
+    "audio_latents": "sound",
     "input_ids": "texts",
 }
 DECODER_IDS = "decoder_input_ids"
@@ -164,6 +167,9 @@ def _head_outputs(
 
 def other_inputs(module: Any, inputs: tuple[str, ...]) -> Iterator[Limitation]:
     """Yield a limitation for what the forward of a module takes besides its inputs, such as the images of LLaVA."""
+    if adds_noise(module):
+        reason = "the class adds random noise to its latents unless it is told not to; the export adds none"
+        yield Limitation("noise", reason)
     own = inspect.signature(module.forward).parameters
     left_out = [name for name in OTHER_INPUTS if name in own and name not in inputs]
     if left_out:

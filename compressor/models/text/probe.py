@@ -28,7 +28,7 @@ PRODUCTS = frozenset(
     + [f"conv{axes}d" for axes in (1, 2, 3)]
 )
 TEXTS_ALONE = "pass --task text-generation to export it for texts alone"
-USE_CACHE = "use_cache"
+USE_CACHE, SAMPLE = "use_cache", "sample"
 CHARACTERS = sys.maxunicode + 1
 TASKS_OF_TOKENS = ("text-generation", "fill-mask", VISION_LANGUAGE, *ENCODER_DECODER_TASKS)  # logits of a vocabulary
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
@@ -53,7 +53,7 @@ def calling(module: torch.nn.Module) -> Iterator[None]:
 
 
 def without_cache(module: Any) -> dict[str, bool]:
-    """Return the argument with which a module makes no cache; empty if it makes none.
+    """Return the arguments with which a module makes no cache, and adds no noise; empty if it does neither.
 
     Caches of layers that are all recurrent fail where a model asks them for their length. A model may take the argument
     by its keywords, and then its config has it.
@@ -61,7 +61,13 @@ def without_cache(module: Any) -> dict[str, bool]:
     taken = inspect.signature(module.forward).parameters
     keywords = any(each.kind is each.VAR_KEYWORD for each in taken.values())
     made = USE_CACHE in taken or (keywords and hasattr(getattr(module, "config", None), USE_CACHE))
-    return {USE_CACHE: False} if made else {}
+    return ({USE_CACHE: False} if made else {}) | ({SAMPLE: False} if adds_noise(module) else {})
+
+
+def adds_noise(module: Any) -> bool:
+    """Return whether a module adds noise to its latents unless it is told not to, as the codec of VibeVoice does."""
+    argument = inspect.signature(module.forward).parameters.get(SAMPLE)
+    return argument is not None and argument.default is True
 
 
 def call_without_cache(module: Any, **values: Any) -> tuple[Any, dict[str, bool]]:
@@ -76,7 +82,8 @@ def call_without_cache(module: Any, **values: Any) -> tuple[Any, dict[str, bool]
     except TypeError as error:
         if f"multiple values for keyword argument '{USE_CACHE}'" not in str(error):
             raise
-    return module(**values), {}
+    del told[USE_CACHE]
+    return module(**values, **told), told
 
 
 def reads_texts_alone(module: Any) -> bool:

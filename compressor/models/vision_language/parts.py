@@ -13,6 +13,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from compressor.models.base import ModelError, first_line
+from compressor.models.config_shapes import shape_of_timm
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
 from compressor.models.text.probe import TEXTS_ALONE, reads_texts_alone
 from compressor.models.vision_language.call import (
@@ -177,17 +178,10 @@ def _shape(module: Any, location: str) -> tuple[int, int, int]:
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         return getattr(vision, "num_channels", 3), height, width
-    shape = _shape_of_timm(module)
+    shape = shape_of_timm(module)
     if shape is None:
         raise PartsError(module, location, "has no image_size in the vision_config of its config, as its images vary")
     return shape
-
-
-def _shape_of_timm(module: Any) -> tuple[int, int, int] | None:
-    """Return channels, height and width of the images of a vision tower that timm makes; None for other towers."""
-    facts = (getattr(part, "pretrained_cfg", None) for part in module.modules())
-    found = next((each["input_size"] for each in facts if each), None)
-    return None if found is None else (int(found[0]), int(found[1]), int(found[2]))
 
 
 def _sized(module: Any) -> Images | str:

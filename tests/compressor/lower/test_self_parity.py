@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,24 @@ def test_a_random_model_is_refused_with_the_operator(module: type[Branch], reaso
     with pytest.raises(RandomModelError, match=rf"^{module.__name__} returns other outputs .*{reason}") as refusal:
         check_self_parity(model, trace(model), ROWS)
     assert "report it" not in str(refusal.value)
+
+
+class Flat(Branch):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flatten()[:, None]
+
+
+def test_outputs_without_an_axis_of_rows_are_refused_by_their_shapes() -> None:
+    """They ended in a traceback."""
+    model = replace(loaded(Branch()), module=Flat().eval())  # a module of one's own is refused before
+    with pytest.raises(BatchError, match=r"returns output \[\d+, 1\] for \d rows; expected one entry for each row"):
+        check_self_parity(model, trace(model), ROWS)
+
+
+def test_a_class_of_a_library_that_draws_is_to_be_changed_in_a_module_of_ones_own() -> None:
+    model = replace(loaded(Noise()), source="transformers")
+    with pytest.raises(RandomModelError, match="its class draws them in evaluation too, so pass it as a"):
+        check_self_parity(model, trace(model), ROWS)
 
 
 class Seeded(Branch):

@@ -108,6 +108,29 @@ def test_numbers_close_to_0_and_1_stay_in_the_file(epsilon: float, factor: float
     assert operators.count("Mul") == 1 + (factor != 1)
 
 
+class Clipped(torch.nn.Module):
+    """Clips one value twice, by bounds that are buffers, as Gemma 4's encoder of sound does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("low", -1.0), ("high", 1.0), ("lower", -2.0), ("higher", 3.0)):
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = x * 5
+        return torch.cat([values.clamp(self.low, self.high), values.clamp(self.lower, self.higher)], 1)
+
+
+def test_a_value_that_is_clipped_twice_keeps_both_pairs_of_bounds(tmp_path: Path) -> None:
+    """The optimizer names the bounds after the value, and the file had one pair, and a name that nothing defined."""
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    model = load(Clipped(), example_inputs=torch.randn(2, 8))
+    path = lower(trace(model), model, tmp_path / "m.onnx")
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(found, Clipped()(x).numpy(), rtol=1e-6, atol=0)
+
+
 def test_a_program_that_cannot_be_written_raises_and_does_not_end_the_process(tmp_path: Path) -> None:
     """The limit on the size of a file stands in for a full disk, at which torch's writer of files calls terminate."""
     model = load(Residual(), example_inputs=torch.zeros(2, 8))

@@ -75,6 +75,7 @@ def test_a_refusal_names_no_option_that_does_not_help(tmp_path):
     with pytest.raises(CompressorError) as caught:
         trace_with_guards(models.load(folder))
     assert "--sequence-length" not in str(caught.value)
+    assert "is a ReformerModel, which computes with the number of rows in Python" in str(caught.value)
 
 
 def test_texts_are_padded_and_truncated_to_the_length(funnel):

@@ -17,6 +17,7 @@ CLOSE = 1e-5  # float32 sums in another order
 LENGTH = 11
 PARTS = SIZES | {"image_size": 32, "patch_size": 16}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+KINDS = ("sliding_attention", "full_attention")
 CASES = {
     "boxes beside words": ("BrosModel", "BrosConfig", SIZES | {"hidden_size": 64}),
     "regions beside words": (
@@ -109,9 +110,84 @@ def test_a_model_that_one_input_is_enough_for_takes_that_input(tmp_path):
 
 
 def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_path):
-    fields = {"text_config": PARTS, "vision_config": PARTS, "mit_hidden_size": 32, "projection_dim": 16}
-    with pytest.raises(ModelError, match="text of token ids alone"):
-        models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields))
+    tower = {"model_type": "vit"} | SMALL | {"image_size": 32, "patch_size": 16}
+    sam = {"prompt_encoder_config": {"hidden_size": 16}, "mask_decoder_config": {"hidden_size": 16}}
+    fields = sam | {"vision_config": {"fpn_hidden_size": 16, "backbone_config": tower}}
+    with pytest.raises(ModelError, match="does not give last_hidden_state for any text of token ids alone"):
+        models.load(save_model(tmp_path, "Sam2VideoModel", "Sam2VideoConfig", **fields))
+
+
+def test_where_rows_are_compared_with_each_other_the_file_has_each_row_with_itself(tmp_path):
+    """X-CLIP makes features of texts for each video; without them, its texts would change no output."""
+    vision = PARTS | {"mit_hidden_size": 16, "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2, "num_frames": 3}
+    fields = {"text_config": PARTS, "vision_config": vision | {"mit_intermediate_size": 16}, "projection_dim": 16}
+    model = models.load(save_model(tmp_path, "XCLIPModel", "XCLIPConfig", **fields, prompt_num_attention_heads=2))
+    assert model.inputs == ("input_ids", "pixel_values", "attention_mask")
+    assert model.outputs == ("logits_per_text", "text_embeds", "logits_per_video", "video_embeds")
+    assert sum("each row with itself" in each.reason for each in model.limitations) == 3
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        whole = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+    found = dict(zip(model.outputs, session.run(list(model.outputs), feeds), strict=True))
+    own = {name: np.stack([whole[name][row, row].numpy() for row in range(3)]) for name in model.outputs[:3]}
+    for name, expected in (own | {"video_embeds": whole.video_embeds.numpy()}).items():
+        np.testing.assert_allclose(found[name].squeeze(), expected.squeeze(), rtol=0, atol=1e-4)
+
+
+def test_images_have_the_size_that_the_encoder_of_prompts_states(tmp_path):
+    """EdgeTAM reads images by a tower of timm, whose config states no size; 224 pixels were taken, which it refuses."""
+    tower = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2}
+    tower["model_args"] = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    vision = {"backbone_config": tower, "fpn_hidden_size": 16, "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    prompts = {"hidden_size": 16, "image_size": 128, "patch_size": 16}
+    fields = {"vision_config": vision, "mask_decoder_config": decoder, "prompt_encoder_config": prompts}
+    model = models.load(save_model(tmp_path, "EdgeTamModel", "EdgeTamConfig", **fields))
+    assert model.example["pixel_values"].shape == (2, 3, 128, 128)
+    assert not any(each.feature == "image_size of the config" for each in model.limitations)
+
+
+def test_frames_of_a_tower_of_timm_have_the_size_that_it_was_made_for(tmp_path):
+    """The weights of its architecture were trained on images of 336 pixels, which this tower does not take."""
+    tower = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "global_pool": "map"}
+    tower["model_args"] = {"embed_dim": 32, "img_size": [28, 28], "depth": 1, "num_heads": 2, "ref_feat_shape": [2, 2]}
+    fields = SMALL | {"vision_config": tower | {"num_classes": 16}, "num_key_value_heads": 2, "head_dim": 8}
+    model = models.load(save_model(tmp_path, "PeVideoEncoder", "PeVideoEncoderConfig", **fields))
+    assert model.example["pixel_values_videos"].shape == (2, 2, 3, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("part", "output", "size"), [("Encoder", "latents", [1, 16_000]), ("Decoder", "audio", [8, 16])]
+)
+def test_parts_of_a_codec_take_a_waveform_or_latents_by_the_name_of_states(part, output, size, tmp_path):
+    fields = {"num_filters": 4, "depths": [1, 1], "downsampling_ratios": [4], "hidden_size": 8}
+    name = f"VibeVoiceAcousticTokenizer{part}"
+    model = models.load(save_model(tmp_path, f"{name}Model", f"{name}Config", **fields))
+    assert (model.inputs, model.outputs) == (("hidden_states",), (output,))
+    assert list(model.example["hidden_states"].shape[1:]) == size
+    assert any(each.feature == "length of the clips" for each in model.limitations) == (part == "Encoder")
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(feeds["hidden_states"]))[output].numpy()
+    np.testing.assert_allclose(session.run([output], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_a_set_of_inputs_whose_values_decide_what_is_computed_comes_last(tmp_path):
+    """With sound and a video, the class loops over the lengths of its rows, which no graph holds."""
+    tower = {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "global_pool": "map"}
+    tower["model_args"] = {"embed_dim": 32, "img_size": [28, 28], "depth": 1, "num_heads": 2, "ref_feat_shape": [2, 2]}
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    codec = {"encoder_hidden_size": 4, "downsampling_ratios": [4, 8], "hidden_size": 16, "codebook_dim": 2}
+    sound = SMALL | heads | {"dac_config": codec, "model_type": "pe_audio_encoder"}
+    video = SMALL | heads | {"vision_config": tower | {"num_classes": 16}, "model_type": "pe_video_encoder"}
+    both = SMALL | heads | {"audio_config": sound, "video_config": video}
+    text = SMALL | {"vocab_size": 40, "model_type": "modernbert", "pad_token_id": 0, "global_attn_every_n_layers": 1}
+    fields = {"text_config": text, "audio_video_config": both}
+    model = models.load(save_model(tmp_path, "PeAudioVideoModel", "PeAudioVideoConfig", **fields))
+    assert model.inputs == ("input_ids", "input_values", "attention_mask")
+    trace(model)
 
 
 def test_an_image_processor_does_not_hide_that_other_inputs_are_needed(tmp_path):
@@ -149,6 +225,104 @@ def test_noise_that_a_class_draws_is_an_input(tmp_path):
     model = loaded("an image and the noise that hides patches", tmp_path)
     assert model.inputs == ("pixel_values", "noise")
     assert model.example["noise"].shape == (2, 16)
+
+
+def test_a_vocoder_takes_spectrograms_of_any_length_and_the_noise_of_each_frame(tmp_path):
+    fields = {"model_hidden_channels": 4, "num_mel_bins": 5, "kernel_predictor_num_blocks": 1}
+    fields |= {"resblock_kernel_sizes": [3], "resblock_stride_sizes": [4], "resblock_dilation_sizes": [[1, 3]]}
+    model = models.load(save_model(tmp_path / "m", "UnivNetModel", "UnivNetConfig", **fields))
+    assert model.inputs == ("input_features", "noise_sequence")
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model)
+    with torch.inference_mode():
+        expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).waveforms.numpy()
+    np.testing.assert_allclose(session.run(["waveforms"], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_attentions_that_read_states_beside_others_need_no_mask_without_padding(tmp_path):
+    """transformers makes masks without padding only where a class is exported, and of too few states here."""
+    fields = SMALL | {"num_key_value_heads": 1, "head_dim": 8, "block_size": 4, "target_layer_ids": [0, 1]}
+    folder = save_model(tmp_path / "m", "MuseGlimmerAssistantModel", "MuseGlimmerAssistantConfig", **fields)
+    model = models.load(folder)
+    assert {name: list(axes) for name, axes in model.dynamic_axes.items()} == {
+        "noise_embeds": [0],  # as many as a block has
+        "context_hidden_states": [0, 1],
+    }
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    noise, context = torch.randn(3, 4, 16), torch.randn(3, 9, 32)
+    with torch.inference_mode():
+        expected = model.module(noise_embeds=noise, context_hidden_states=context).last_hidden_state.numpy()
+    feeds = {"noise_embeds": noise.numpy(), "context_hidden_states": context.numpy()}
+    np.testing.assert_allclose(session.run(["last_hidden_state"], feeds)[0], expected, rtol=0, atol=CLOSE)
+
+
+def test_an_assistant_reads_keys_and_values_of_another_model_by_their_kinds(tmp_path):
+    """Gemma 4's assistants draft the next token from the states of the model, for which no text is enough."""
+    text = SMALL | {"model_type": "gemma4_text", "num_hidden_layers": 2, "head_dim": 8, "global_head_dim": 16}
+    text |= {"vocab_size": 40, "num_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "sliding_window": 64}
+    fields = {"text_config": text, "backbone_hidden_size": 12}
+    model = models.load(save_model(tmp_path / "m", "Gemma4AssistantForCausalLM", "Gemma4AssistantConfig", **fields))
+    states = [f"shared_kv_states.{kind}.{part}" for kind in text["layer_types"] for part in ("key", "value")]
+    assert model.inputs == ("inputs_embeds", "position_ids", "attention_mask", *states)
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    feeds = longer(model) | {"position_ids": np.array([[10], [8], [10]])}
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    shared = {
+        kind: tuple(tensors.pop(f"shared_kv_states.{kind}.{part}") for part in ("key", "value")) for kind in KINDS
+    }
+    with torch.inference_mode():
+        expected = model.module(**tensors, shared_kv_states=shared)
+    assert model.outputs == ("last_hidden_state", "logits")
+    for name, found in zip(model.outputs, session.run(list(model.outputs), feeds), strict=True):
+        np.testing.assert_allclose(found, expected[name].numpy(), rtol=0, atol=CLOSE, err_msg=name)
+
+
+T5 = {"model_type": "t5", "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+ENCODEC = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [2, 2], "hidden_size": 8, "codebook_size": 8}
+WRITER = SMALL | {"vocab_size": 24, "ffn_dim": 16, "max_position_embeddings": 300, "num_codebooks": 4}
+HEADED = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 24}
+CROSS = {f"cross_{name}": HEADED[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Musicgen", {"text_encoder": T5, "audio_encoder": ENCODEC, "decoder": WRITER}),
+        ("MusicgenMelody", {"text_encoder": T5, "audio_encoder": ENCODEC, "decoder": WRITER, "chroma_length": 9}),
+        (
+            "Dia",
+            {
+                "delay_pattern": [0, 1, 2, 3],
+                "encoder_config": SMALL | HEADED,
+                "decoder_config": SMALL | HEADED | CROSS | {"cross_hidden_size": 16, "num_channels": 4},
+            },
+        ),
+    ],
+)
+def test_codes_of_sound_are_an_axis_of_the_inputs_and_of_the_logits(kind, fields, tmp_path):
+    """Their classes take and return the codes of a frame in rows of their own, or last; they were refused."""
+    folder = save_model(tmp_path / "m", f"{kind}ForConditionalGeneration", f"{kind}Config", **fields)
+    model = models.load(folder)
+    assert {"input_ids", "attention_mask", "decoder_input_ids"} <= set(model.inputs)
+    assert model.example["decoder_input_ids"].shape[:2] == (2, 4)
+    assert any(each.feature == "KV cache" for each in model.limitations)
+    session = onnxruntime.InferenceSession(str(lower(trace(model), model, tmp_path / "model.onnx")))
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.integers(3, 20, (3, 9)) for name in ("input_ids", "attention_mask")}
+    feeds["attention_mask"] = np.where(np.arange(9) < [[9], [7], [9]], 1, 0)
+    feeds["decoder_input_ids"] = rng.integers(3, 20, (3, 4, 6))
+    if "input_features" in model.inputs:
+        shape = model.example["input_features"].shape[1:]
+        feeds["input_features"] = rng.standard_normal((3, *shape)).astype(np.float32)
+    own = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    own["decoder_input_ids"] = (
+        own["decoder_input_ids"].mT.contiguous() if kind == "Dia" else own["decoder_input_ids"].flatten(0, 1)
+    )
+    with torch.inference_mode():
+        expected = model.module(**own, use_cache=False).logits.numpy()
+    (found,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=CLOSE)
 
 
 def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):

@@ -137,3 +137,37 @@ def test_stacked_frames_have_the_width_that_a_layer_reads(kind, bins, stacked, t
         expected = model.module(frames).last_hidden_state.numpy()
     (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
+def test_channels_that_no_config_states_are_the_usual_ones(tmp_path):
+    """The encoder of Gemma 4 reads 128 mel channels, which only its feature extractor states."""
+    config = transformers.Gemma4AudioConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=16,
+        subsampling_conv_channels=[128, 4], attention_chunk_size=4, attention_context_left=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Gemma4AudioModel(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.example["input_features"].shape == (2, 128, 128)
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    frames = torch.randn(3, 71, 128)
+    with torch.inference_mode():
+        expected = model.module(frames).last_hidden_state.numpy()
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_features": frames.numpy()})
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+
+
+def test_a_codec_that_adds_noise_unless_it_is_told_is_told_and_says_so(tmp_path):
+    """Its class draws noise for the latents by default, and was refused as one that draws random numbers."""
+    fields = {"num_filters": 4, "depths": [1, 1], "downsampling_ratios": [4], "hidden_size": 8}
+    torch.manual_seed(0)
+    config = transformers.VibeVoiceAcousticTokenizerConfig(**fields, initializer_range=0.2)
+    transformers.VibeVoiceAcousticTokenizerModel(config).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert any(each.feature == "noise" and "adds none" in each.reason for each in model.limitations)
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    clips = torch.randn(3, 1, 9_600)
+    with torch.inference_mode():
+        expected = model.module(clips, sample=False).audio.numpy()
+    (found,) = onnxruntime.InferenceSession(str(path)).run(["audio"], {"input_values": clips.numpy()})
+    assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()

@@ -247,18 +247,6 @@ def test_images_of_any_size_are_refused(shared):
         models.load(str(saved("pictures", shared)), image_size="dynamic")
 
 
-def test_an_encoder_that_reads_more_than_pixels_is_refused(tmp_path):
-    """UDOP reads an image with the words in it and their boxes."""
-    with quiet():
-        config = transformers.UdopConfig(
-            vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2, image_size=32,
-            patch_size=16, decoder_start_token_id=0,
-        )  # fmt: skip
-        transformers.UdopForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"told apart by their caches: a call with pixel_values .* fails"):
-        models.load(str(tmp_path / "m"))
-
-
 def test_an_encoder_decoder_without_a_cache_is_refused(tmp_path):
     with quiet():
         config = transformers.ProphetNetConfig(
@@ -318,3 +306,20 @@ def test_the_mask_of_an_encoder_of_sound_is_its_own(tmp_path):
     model = models.load(str(folder))
     assert model.inputs[:2] == ("input_features", "attention_mask")
     trace(model)
+
+
+def test_features_that_an_encoder_takes_as_its_states_have_their_width(tmp_path):
+    """The main input of Pop2Piano is tokens by its class, which then has none for its encoder of features of sound."""
+    fields = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    fields |= {"num_decoder_layers": 1, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    transformers.Pop2PianoForConditionalGeneration(transformers.Pop2PianoConfig(**fields)).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    assert model.inputs[:2] == ("input_features", "decoder_input_ids")
+    assert model.example["input_features"].shape == (2, 128, 16)
+    frames, ids = torch.randn(3, 21, 16), torch.randint(0, 40, (3, 5))
+    feeds = model.preprocess.complete({"input_features": frames.numpy(), "decoder_input_ids": ids.numpy()})
+    with torch.inference_mode():
+        expected = model.module(input_features=frames, decoder_input_ids=ids).logits
+        found, *_ = run(trace(model), {name: torch.from_numpy(value) for name, value in feeds.items()})
+    torch.testing.assert_close(found, expected, rtol=0, atol=CLOSE * expected.abs().max().item())

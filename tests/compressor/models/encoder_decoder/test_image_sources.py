@@ -112,3 +112,26 @@ def test_florence_takes_images_with_texts_of_any_length(tmp_path: Path) -> None:
             expected = model.call(model.module, *(feeds[name] for name in model.inputs))
         for name, value, wanted in zip(graph.outputs, run(graph, feeds), expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=0, atol=1e-4, msg=name)
+
+
+def test_udop_reads_words_with_their_boxes_and_says_that_it_takes_no_image(tmp_path: Path) -> None:
+    config = transformers.UdopConfig(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2,
+        image_size=32, patch_size=16, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = models.load(saved(transformers.UdopForConditionalGeneration(config).eval(), tmp_path))
+    assert model.preprocess.inputs == ("input_ids", "attention_mask", "bbox", "decoder_input_ids")
+    assert any(each.feature == "input pixel_values" and "images" in each.reason for each in model.limitations)
+    rng = np.random.default_rng(0)
+    feeds = {
+        "input_ids": rng.integers(10, VOCABULARY, (3, 9)),
+        "attention_mask": np.ones((3, 9), np.int64),
+        "bbox": np.sort(rng.random((3, 9, 2, 2)), 2).reshape(3, 9, 4).astype(np.float32),
+        "decoder_input_ids": rng.integers(10, VOCABULARY, (3, 4)),
+    }
+    feeds["attention_mask"][1, -2:] = 0
+    with torch.inference_mode():
+        expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits
+        tensors = {name: torch.from_numpy(value) for name, value in model.preprocess.complete(feeds).items()}  # type: ignore[misc]
+        found = dict(zip(model.outputs, run(trace(model), tensors), strict=False))["logits"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

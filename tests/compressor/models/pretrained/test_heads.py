@@ -191,6 +191,19 @@ def test_a_language_model_that_reads_sound_is_exported_for_texts_alone(tmp_path)
         assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
 
 
+def test_a_class_that_its_automatic_class_lists_and_does_not_make_is_loaded_by_name(tmp_path):
+    """AutoModelForImageTextToText lists Evolla, which reads proteins, and says that it does not know its config."""
+    texts = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    texts |= {"num_key_value_heads": 2, "intermediate_size": 24}
+    config = transformers.EvollaConfig(**texts, protein_encoder_config=texts, resampler_depth=1, resampler_heads=2)
+    folder = saved(transformers.EvollaForProteinText2Text(config), tmp_path / "m")
+    with pytest.raises(ModelError, match="pass --task text-generation to export it for texts alone"):
+        models.load(folder)
+    model = models.load(folder, task="text-generation")
+    assert type(model.module) is transformers.EvollaForProteinText2Text
+    assert any("takes proteins, but the export does not" in each.reason for each in model.limitations)
+
+
 def test_a_model_of_timm_in_a_wrapper_is_one_of_transformers(tmp_path):
     """Its config names the architecture of timm too."""
     config = transformers.TimmWrapperConfig(

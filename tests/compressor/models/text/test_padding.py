@@ -11,6 +11,7 @@ from compressor import models
 from compressor.errors import DataError
 from compressor.lower.trace import trace
 from compressor.models import ModelError
+from compressor.models.text.padding import find_padding
 from passes.execute.interpreter import run
 from tests.text_models import GPT2, OPT, SIZES, WORDS, XLNET, save_letters, save_model
 
@@ -107,6 +108,19 @@ def test_a_model_that_reads_its_padding_is_a_limitation(tmp_path):
     folder = save_letters(save_model(tmp_path, "FNetForSequenceClassification", "FNetConfig", **SIZES), **PADS)
     reasons = {each.feature: each.reason for each in models.load(folder).limitations}
     assert "depend on the longest text of the batch" in reasons["padding"]
+
+
+def test_outputs_of_another_length_are_not_the_same_under_any_padding(tmp_path):
+    """VITS makes a waveform whose length it draws; comparing two of them ended in a traceback."""
+    lengths = iter(range(100, 1000, 7))
+
+    def answer(feeds):
+        return torch.zeros(len(feeds["input_ids"]), next(lengths))
+
+    folder = save_letters(save_model(tmp_path, "BertModel", "BertConfig", **SIZES), **PADS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    _, limitations = find_padding(answer, tokenizer, transformers.BertConfig(**SIZES), ("input_ids",), None)
+    assert any(each.feature == "padding" for each in limitations)
 
 
 def test_a_decoder_without_tokenizer_needs_a_token_for_its_batches(tmp_path):
