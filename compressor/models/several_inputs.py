@@ -373,10 +373,11 @@ def _forms(module: Any, name: str) -> Iterator[Form]:
     elif name in IMAGES:
         channels, *size = shape_of_timm(module) or (channels_of(module), *configured_size(module))
         yield from (Form((count, channels, *size), "values") for count in numbers(config, CLIPS))
-        if not name.endswith("videos"):
+        images = not name.endswith("videos")
+        if images:
             yield Form((channels, *size), "values")
             yield Form((channels, size[0] // 2, size[1]), "values")  # SegGPT joins an image and a prompt
-        yield from (Form((count, channels, *size), "values") for count in COUNTS)
+        yield from (Form((count, channels, *size), "values") for count in COUNTS[not images :])
     elif name == FRAMES_OF_NOISE:
         yield from (Form((ANY, width), "values") for width in numbers(config, ("model_in_channels",)))
     elif name in SOUND:

@@ -200,11 +200,17 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def unscaled(node: fx.Node) -> fx.Node:
-    """Return the value that constants scale to a node, x of ``2 * x`` and ``-x``, or the node itself."""
+    """Return the value that constants scale to a node, x of ``2 * x`` and ``-x``, or the node itself.
+
+    A constant is a number, or a number for each feature. A table of numbers for each token and feature scales nothing:
+    rotary positions are the sum of two such products.
+    """
     while node.target in SCALINGS:
         variable = [source for source in node.all_input_nodes if not _is_constant(source)]
         divides = node.target in DIVISIONS and node.args[0] not in variable  # 2 / x is no scaled x
         if len(variable) != 1 or divides or str(_shape(variable[0])) != str(_shape(node)):
+            break
+        if any(_is_table(source) for source in node.all_input_nodes if source is not variable[0]):
             break
         (node,) = variable
     return node
@@ -221,6 +227,11 @@ def _is_constant(node: fx.Node) -> bool:
         seen.update(unseen)
         stack.extend(unseen)
     return True
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Return whether a value varies along more than one axis."""
+    return sum(str(size) != "1" for size in _shape(node) or ()) > 1
 
 
 def _shape(node: fx.Node) -> Any:
