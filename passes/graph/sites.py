@@ -268,6 +268,7 @@ class _Finder:
 
     def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
         """Remove branches that are chains of blocks, and candidates inside other branches (as in GPT-2's tanh GELU)."""
+        candidates = self._apart(candidates)
         sums = {candidate.root for candidate in candidates}
         groups = [
             outer
@@ -276,6 +277,22 @@ class _Finder:
         ]
         flat = [candidate for candidate in candidates if candidate not in groups]
         return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
+
+    def _apart(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """Remove candidates that begin inside the branch of another one and hold its sum.
+
+        The values of a first attention that later ones mix into theirs (value residual) are no trunk of the blocks
+        between.
+        """
+        kept: list[_Candidate] = []
+        for candidate in sorted(candidates, key=lambda each: self.index[each.root]):
+            if not any(self._straddles(candidate, other) for other in kept):
+                kept.append(candidate)
+        return [candidate for candidate in candidates if candidate in kept]
+
+    def _straddles(self, candidate: _Candidate, other: _Candidate) -> bool:
+        holds_sum = candidate.region >> self.index[other.root] & 1
+        return bool(holds_sum) and candidate.region & other.region not in (0, other.region)
 
     def place(self, candidate: _Candidate) -> int:
         """Return the place at which the branch of a candidate is complete."""

@@ -222,6 +222,17 @@ def pooled_less_itself(m, x):
     return x + (y.cumsum(1) - y)
 
 
+def value_of_the_first_mixed_in(m, x, weight=1.0):
+    """Value residual learning: a later branch adds a value of the first one."""
+    first = m.norm(m.norm(x))
+    x = x + m.a(first).relu()
+    return x + m.b(weight * m.norm(x) + weight * first)
+
+
+def scaled_value_of_the_first_mixed_in(m, x):
+    return value_of_the_first_mixed_in(m, x, 0.5)
+
+
 def activated_beside_itself(m, x):
     y = m.a(x)
     return x + (y + torch.sigmoid(y))
@@ -255,6 +266,8 @@ def first_state_mixed_in(m, x):
         (scaled_long_skip, ["a", "b"]),
         (first_state_mixed_in, ["a", "b"]),
         (pooled_less_itself, ["norm"]),
+        (value_of_the_first_mixed_in, ["a", "b"]),
+        (scaled_value_of_the_first_mixed_in, ["a", "b"]),
         (activated_beside_itself, ["a"]),
         (bias_beside_activation, []),
     ],
