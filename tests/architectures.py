@@ -246,9 +246,9 @@ TIMM = (
     Architecture(
         "vit_parallel_things",
         vit_with("ParallelThingsBlock"),
+        {"ParallelThingsBlock": 4},
         {"ParallelThingsBlock": 2},
-        {"ParallelThingsBlock": 1},
-        why="one operator stacks and sums its two attentions, which makes one branch; the same holds for the MLPs",
+        why="one operator stacks and sums its two attentions, of which each is a branch; the same holds for the MLPs",
     ),
     Architecture(
         "vit_parallel_layerscale",

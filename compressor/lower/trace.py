@@ -51,6 +51,8 @@ KINDS = {
     "tensor": "which the arrays must have",
 }
 PREFIX = "model."
+# Modules of torch that ask whether a mask is causal, unless they are told.
+MASKED = (torch.nn.TransformerEncoder, torch.nn.TransformerDecoder)
 _FIXED = re.compile(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)")
 
 
@@ -322,6 +324,13 @@ def _explain(model: Model, error: Exception, failure: str | None) -> str:
         return (
             f"{model.name} computes with a NumPy array or calls .numpy() in forward ({reason}), which torch.export "
             "cannot trace; keep the values as a tensor, such as by self.register_buffer(name, torch.from_numpy(array))."
+        )
+    asking = sorted({type(each).__name__ for each in model.module.modules() if isinstance(each, MASKED)})
+    if asking and "data-dependent" in reason:
+        return (
+            f"{model.name} could not be traced by torch.export ({reason}): a {asking[0]} of torch.nn compares the mask "
+            "that it is called with to a causal one; pass is_causal=True or is_causal=False beside the mask "
+            "(tgt_is_causal to a decoder), or branch on no other tensor value."
         )
     of_tokens = _axis(model, str(error)).endswith("sequence")
     if model.preprocess.kind == "text" and of_tokens:

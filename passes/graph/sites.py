@@ -138,26 +138,27 @@ class _Finder:
 
     def _terms_of(self, add: fx.Node, term: fx.Node, root: fx.Node) -> Iterator[_Candidate]:
         """Yield the branches among the terms of an operand, or else the operand, as of ``x + (h + gelu(h))``."""
-        inner: list[_Candidate] = []
-        if is_sum(term) and _is_partial_sum(term):
-            inner = [each for operand in term.all_input_nodes for each in self._terms_of(term, operand, root)]
-            yield from inner
-        own = {each for _, each in _terms(term)} if is_sum(term) and _is_partial_sum(term) else {term}
-        trunk = self._trunk(term, [each for _, each in _terms(root) if each not in own], root)
-        if not inner and trunk is not None and len(term.users) == 1:
+        nested = is_sum(term) and _is_partial_sum(term)
+        operands = term.all_input_nodes if nested else []
+        inner = [each for operand in operands for each in self._terms_of(term, operand, root)]
+        yield from inner
+        own = [each for _, each in _terms(term)] if nested else [term]
+        others = [each for _, each in _terms(root) if each not in own]
+        trunk = self._trunk(term, others, root)
+        if inner or trunk is None or self._is_read(term, others):
+            return
+        if not nested or any(self._weights(self._region(each, self.unscaled(trunk)), trunk) for each in own):
             candidate = self._candidate(add, term, trunk, root)
             if candidate is not None:
                 yield candidate
 
+    def _is_read(self, term: fx.Node, others: list[fx.Node]) -> bool:
+        """Return whether a term, or what a constant scales to it, is read by more than its sum."""
+        return len(term.users) > 1 or any(self._depends(each, self.unscaled(term)) for each in others)
+
     def _trunk(self, branch: fx.Node, terms: list[fx.Node], root: fx.Node) -> fx.Node | None:
         """Return the last of other terms of a sum that a branch is computed from, None if it is from none."""
-        sources = [
-            term
-            for term in terms
-            if _same_shape(term, root)
-            and self._depends(branch, self.unscaled(term))
-            and not (self.unscaled(branch) is self.unscaled(term) and term is not self.unscaled(term))  # a x + b x
-        ]
+        sources = [term for term in terms if _same_shape(term, root) and self._depends(branch, self.unscaled(term))]
         return max(sources, key=lambda term: self.index[self.unscaled(term)], default=None)
 
     def unscaled(self, node: fx.Node) -> fx.Node:
@@ -267,6 +268,7 @@ class _Finder:
 
     def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
         """Remove branches that are chains of blocks, and candidates inside other branches (as in GPT-2's tanh GELU)."""
+        candidates = self._apart(candidates)
         sums = {candidate.root for candidate in candidates}
         groups = [
             outer
@@ -275,6 +277,22 @@ class _Finder:
         ]
         flat = [candidate for candidate in candidates if candidate not in groups]
         return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
+
+    def _apart(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """Remove candidates that begin inside the branch of another one and hold its sum.
+
+        The values of a first attention that later ones mix into theirs (value residual) are no trunk of the blocks
+        between.
+        """
+        kept: list[_Candidate] = []
+        for candidate in sorted(candidates, key=lambda each: self.index[each.root]):
+            if not any(self._straddles(candidate, other) for other in kept):
+                kept.append(candidate)
+        return [candidate for candidate in candidates if candidate in kept]
+
+    def _straddles(self, candidate: _Candidate, other: _Candidate) -> bool:
+        holds_sum = candidate.region >> self.index[other.root] & 1
+        return bool(holds_sum) and candidate.region & other.region not in (0, other.region)
 
     def place(self, candidate: _Candidate) -> int:
         """Return the place at which the branch of a candidate is complete."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -112,7 +113,7 @@ def _choose(
         return _by_name(selection, sites, model)
     units = _units(selection.unit, sites)
     kept = {name: reason for name, reason in fixed.items() if name in units}
-    count = _count(selection, units, kept)
+    count = _count(selection, units, kept, Counter(site.kind for site in sites))
     units = {name: members for name, members in units.items() if name not in kept}
     if metric in ("angular", "span") and selection.unit in ("site", "block") and count and scores is not None:
         inside, reasons = _closest_span(units, count, scores, metric)
@@ -133,13 +134,17 @@ def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
     return {site.name: [site] for site in sites if unit in ("site", site.kind)}
 
 
-def _count(selection: Selection, units: Mapping[str, object], kept: Mapping[str, str]) -> int:
+def _count(selection: Selection, units: Mapping[str, object], kept: Mapping[str, str], kinds: Mapping[str, int]) -> int:
     """Return the number of units to choose; a percentage counts all units, also those in `kept`."""
     count = selection.count
     if count is None:
         count = math.floor(len(units) * (selection.percent or 0.0) / 100.0)
     if count > len(units):
-        raise PassError(f"--drop {selection.text}: the model has only {len(units)} of the kind {selection.unit}.")
+        found = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        raise PassError(
+            f"--drop {selection.text}: the model has only {len(units)} of the kind {selection.unit}; its branches are "
+            f"{found}."
+        )
     if count > len(units) - len(kept):
         name, reason = next(iter(kept.items()))
         raise PassError(

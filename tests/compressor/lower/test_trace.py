@@ -136,6 +136,33 @@ def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
     assert capfd.readouterr().err == ""  # the partial graph that torch prints is suppressed
 
 
+class MaskedEncoder(nn.Module):
+    """An encoder of torch with a causal mask, as in its tutorials; `told` says that it is causal."""
+
+    def __init__(self, **told):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+        self.told = told
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return self.encoder(x, mask, **self.told)
+
+
+def test_an_encoder_of_torch_with_a_mask_is_told_to_say_whether_it_is_causal():
+    with pytest.raises(TraceError) as refusal:
+        trace(load(MaskedEncoder(), 2, 5, 8))
+    assert one_sentence(str(refusal.value)), str(refusal.value)
+    assert "a TransformerEncoder of torch.nn compares the mask" in str(refusal.value)
+    assert "pass is_causal=True or is_causal=False beside the mask" in str(refusal.value)
+    for causal in (True, False):
+        module = MaskedEncoder(is_causal=causal).eval()
+        graph = trace(load(module, 2, 5, 8))
+        x = torch.randn(3, 5, 8)
+        torch.testing.assert_close(run(graph, {"x": x})[0], module(x), rtol=1e-5, atol=1e-5)
+
+
 class Headless(nn.Module):
     """Fails after it was loaded, as a head of a wrong config does, which loading does not call."""
 

@@ -216,6 +216,32 @@ def scaled_long_skip(m, x):
     return 0.5 * x + 0.5 * (y + m.b(m.norm(y)))
 
 
+def pooled_less_itself(m, x):
+    """The mixer of PoolFormer: one branch, of which neither term is one."""
+    y = m.norm(x)
+    return x + (y.cumsum(1) - y)
+
+
+def value_of_the_first_mixed_in(m, x, weight=1.0):
+    """Value residual learning: a later branch adds a value of the first one."""
+    first = m.norm(m.norm(x))
+    x = x + m.a(first).relu()
+    return x + m.b(weight * m.norm(x) + weight * first)
+
+
+def scaled_value_of_the_first_mixed_in(m, x):
+    return value_of_the_first_mixed_in(m, x, 0.5)
+
+
+def activated_beside_itself(m, x):
+    y = m.a(x)
+    return x + (y + torch.sigmoid(y))
+
+
+def bias_beside_activation(m, x):
+    return x + (torch.sigmoid(x) + m.a.bias)
+
+
 def first_state_mixed_in(m, x):
     y = 0.9 * (x + m.a(x)) + 0.1 * x
     return 0.9 * (y + m.b(y)) + 0.1 * x
@@ -239,6 +265,11 @@ def first_state_mixed_in(m, x):
         (skip_beside_blocks, ["a", "b"]),
         (scaled_long_skip, ["a", "b"]),
         (first_state_mixed_in, ["a", "b"]),
+        (pooled_less_itself, ["norm"]),
+        (value_of_the_first_mixed_in, ["a", "b"]),
+        (scaled_value_of_the_first_mixed_in, ["a", "b"]),
+        (activated_beside_itself, ["a"]),
+        (bias_beside_activation, []),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

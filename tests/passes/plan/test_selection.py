@@ -52,7 +52,7 @@ def test_every_form_of_drop(text, dropped):
     [
         ("13", "has only 12 of the kind site"),
         ("attention:7", "has only 6 of the kind attention"),
-        ("conv:1", "has only 0 of the kind conv"),
+        ("conv:1", "has only 0 of the kind conv; its branches are 6 attention, 6 mlp"),
         ("block:7", "has only 6 of the kind block"),
         ("head:2", "unknown kind 'head'"),
         ("101%", "at most 100%"),
