@@ -53,7 +53,9 @@ def image_features(module: Any, pixel_values: torch.Tensor, mask: torch.Tensor |
     if mask is not None:
         return _of_tiles(module, pixel_values, mask)
     with _OneTensor():
-        features = source_of(module).get_image_features(pixel_values, return_dict=True).pooler_output
+        features = source_of(module).get_image_features(pixel_values, return_dict=True).get("pooler_output")
+    if features is None:
+        raise TypeError("get_image_features returns no pooler_output")
     if isinstance(features, torch.Tensor):
         return features
     return features[0] if len(features) == 1 and features[0].ndim == 3 else torch.stack(list(features))

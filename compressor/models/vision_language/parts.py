@@ -10,8 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.models.auto import modeling_auto
 
+from compressor.internals.transformers import made_by
 from compressor.models.base import ModelError, first_line
 from compressor.models.config_shapes import shape_of_timm
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
@@ -72,7 +74,7 @@ class PartsError(ModelError):
 
     def __init__(self, module: Any, location: str, reason: str) -> None:
         self.reason, self.texts_alone = reason, reads_texts_alone(module)
-        other = TEXTS_ALONE if self.texts_alone else OWN_MODULE
+        other = TEXTS_ALONE if self.texts_alone else _language_model_alone(module) or OWN_MODULE
         super().__init__(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}, or {other}.")
 
 
@@ -90,7 +92,7 @@ def parts_of(module: Any, location: str) -> Parts:
     image_token = getattr(module.config, "video_token_id" if clips else "image_token_id", None)
     compute = getattr(source_of(module), "get_video_features" if clips else "get_image_features", None)
     if compute is None or not isinstance(image_token, int):
-        missing = f"no {'video' if clips else 'image'}_token_id in its config"
+        missing = f"no {'video' if clips else 'image'}_token_id in its config{_other_places(module)}"
         missing = missing if image_token is None else "no get_image_features"
         raise PartsError(module, location, f"has {missing}")
     if getattr(module.config, "use_decoder_only_language_model", True) is False:
@@ -120,6 +122,20 @@ def parts_of(module: Any, location: str) -> Parts:
     call = VisionLanguage(images, causal, image_token, merge=merge, embeds_itself=_embeds_itself(module, image_token))
     call = _same(_with_masks(call, types), module, example, types, location)
     return Parts(call, example, counts[0])
+
+
+def _other_places(module: Any) -> str:
+    """Return which masks tell the places of images in place of a token, a clause; empty without any."""
+    names = [name for name in inspect.signature(module.forward).parameters if name.startswith("image_")]
+    masks = [name for name in names if name.endswith("_mask")]
+    return f", but takes {' and '.join(masks)}" if masks else ""
+
+
+def _language_model_alone(module: Any) -> str | None:
+    """Return how to export the language model of a class, a clause; None if it has none that can be loaded alone."""
+    parts = [(name, part) for name, part in module.named_children() if isinstance(part, GenerationMixin)]
+    names = [name for name, part in parts if made_by(AutoModelForCausalLM, part.config)]
+    return f"save its {names[0]} alone by save_pretrained, and pass that folder" if names else None
 
 
 def _embeds_itself(module: Any, image_token: int) -> bool:

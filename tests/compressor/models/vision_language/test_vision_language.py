@@ -157,6 +157,16 @@ def test_a_model_that_sees_clips_computes_what_its_class_does(tmp_path):
     assert (found - expected)[kept].abs().max() <= CLOSE * expected[kept].abs().max()
 
 
+def test_the_refusal_names_a_language_model_that_can_be_loaded_alone(monkeypatch, tmp_path):
+    module = build("blip_2")
+    monkeypatch.setattr(type(module), "get_image_features", lambda self, pixel_values, **kwargs: {})
+    with pytest.raises(ModelError, match=r"returns no pooler_output\); .*, or save its language_model alone"):
+        parts_of(module, "m")
+    with quiet():
+        module.language_model.save_pretrained(tmp_path / "texts")
+    assert models.load(str(tmp_path / "texts")).task == "text-generation"
+
+
 def test_clips_without_a_placeholder_are_refused():
     with pytest.raises(ModelError, match=r"is a InstructBlipVideo\w*, which has no video_token_id in its config"):
         parts_of(clips(video_token_index=None), "m")
