@@ -493,7 +493,8 @@ def _texts_of(config: Any, *, decoder: bool = False) -> Any:
     """Return the config of the texts of a model; one that joins an encoder of texts and a decoder of sound has two."""
     if hasattr(config, "text_encoder") and hasattr(config, "decoder"):
         return config.decoder if decoder else config.text_encoder
-    return config.get_text_config(decoder=decoder)
+    found = config.get_text_config(decoder=decoder)
+    return found if hasattr(found, "vocab_size") else getattr(found, "text_config", found)  # CLAP's has only parts
 
 
 def _parameters(module: Any) -> list[str]:

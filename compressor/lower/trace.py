@@ -351,7 +351,7 @@ def _explain(model: Model, error: Exception, failure: str | None) -> str:
         return (
             f"{model.name} is a {type(model.module).__name__}, which decides by a value that it computes what to "
             f"compute next ({place}), and a graph holds one way alone; pass the part of it that you need as a module "
-            "of your own, package.module:factory, with example inputs."
+            "of your own, package.module:factory, with example inputs; --task may choose another head."
         )
     if model.source == "transformers" and _axis(model, str(error)) == "batch":
         return (
