@@ -489,7 +489,7 @@ def _vocabulary(module: Any) -> int:
     return int(own or LETTERS)
 
 
-def _texts_of(config: Any, *, decoder: bool = False) -> Any:
+def _texts_of(config: Any, *, decoder: bool | None = None) -> Any:
     """Return the config of the texts of a model; one that joins an encoder of texts and a decoder of sound has two."""
     if hasattr(config, "text_encoder") and hasattr(config, "decoder"):
         return config.decoder if decoder else config.text_encoder
