@@ -241,7 +241,8 @@ def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | N
     names = subject.model.inputs
     if hasattr(subject.model.call, "arguments"):  # a vision encoder for images of one size
         return found | {"limitations": said} | compared_of_one_size(module, path, subject.model)
-    if names[0] == "pixel_values" and len(names) > 1 and "input_ids" not in names and not several:
+    reads_tokens = any(name.endswith("input_ids") for name in names)  # also those of a decoder
+    if names[0] == "pixel_values" and len(names) > 1 and not reads_tokens and not several:
         return found | {"limitations": said} | compared_alone(module, path, subject.model)
     if any(name in names for name in LAYOUTS):
         return found | {"limitations": said} | compared_with_varying_images(module, path, subject.model)
@@ -504,7 +505,7 @@ def _parameters(module: Any) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:900]
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:2000]
 
 
 def _run(judge: Judge, name: str, sent: Any) -> None:

@@ -93,9 +93,17 @@ def _of_videos(
 def _of_clips(
     module: Any, value: np.ndarray, answer: str, batch: Any, subject: Any, parts: Any, source: Path
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the answers for the clips of a batch, with the mask that the extractor returns unless an export says so."""
-    own = _extracted(parts["sound"], [_clip(source / name) for name in batch.ids])
-    if any(each.feature == "padding of the clips" for each in subject.model.limitations):
+    """Yield the answers for the clips of a batch, with the mask that the extractor returns unless an export says so.
+
+    Clips are padded and cut for a file of one number of samples (``--sequence-length``).
+    """
+    said = {each.feature for each in subject.model.limitations}
+    clips = [_clip(source / name) for name in batch.ids]
+    if "length of the clips" in said and "input_values" in batch.feeds:
+        samples = batch.feeds["input_values"].shape[-1]
+        clips = [np.pad(clip[:samples], (0, max(0, samples - len(clip)))) for clip in clips]
+    own = _extracted(parts["sound"], clips)
+    if "padding of the clips" in said:
         own = {name: each for name, each in own.items() if not name.endswith("mask")}
     inputs = dict(own) | {name: each for name, each in batch.feeds.items() if name == DECODER_IDS}
     yield value, _called(module, answer, inputs)

@@ -180,6 +180,9 @@ STATED: dict[str, dict[str, Any]] = {
     "Inkling2VisionConfig": {"text_hidden_size": 32, "projection_hidden_dim": 64},
     "PeVideoEncoderConfig": {"vision_config": TOWER, "num_key_value_heads": 4},
     "PocketTTSConfig": FLOW,
+    "PPFormulaNetVisionConfig": {
+        "post_conv_in_channels": 32, "post_conv_mid_channels": 64, "post_conv_out_channels": 64,
+    },
     "PPOCRV5ServerDetConfig": {
         "intraclass_block_config": STRIPES, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
     },
