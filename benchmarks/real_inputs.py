@@ -141,27 +141,30 @@ def _of_texts(
     """
     feeds, lines = batch.feeds, source.read_text().splitlines()
     ids, mask = feeds["input_ids"], feeds.get("attention_mask")
-    depends = any(each.feature == "padding" for each in subject.model.limitations)
+    said = {each.feature for each in subject.model.limitations}
+    longest = ids.shape[1] if "length of texts" in said else None  # of a file of one number of tokens
     for row, line in enumerate(batch.ids):
-        kept = np.ones(ids.shape[1], bool) if mask is None or depends else mask[row].astype(bool)
-        _check_tokens(ids[row], kept if mask is None else mask[row].astype(bool), lines[int(line)], parts["text"])
+        real = np.ones(ids.shape[1], bool) if mask is None else mask[row].astype(bool)
+        kept = np.ones(ids.shape[1], bool) if "padding" in said else real
+        _check_tokens(ids[row, real], lines[int(line)], parts["text"], longest)
         inputs = {"input_ids": ids[row : row + 1, kept]}
         if mask is not None:
             inputs["attention_mask"] = mask[row : row + 1, kept]
         if DECODER_IDS in feeds:
             inputs[DECODER_IDS] = feeds[DECODER_IDS][row : row + 1]
         expected, found = _called(module, answer, inputs), value[row : row + 1]
-        by_token = DECODER_IDS not in feeds and found.shape[1:2] == ids.shape[1:] and found.ndim > 1
+        of_tokens = found.shape[1:2] == ids.shape[1:] and expected.shape[1:2] == (int(kept.sum()),)
+        by_token = DECODER_IDS not in feeds and of_tokens
         yield (found[:, kept] if by_token else found), expected
 
 
-def _check_tokens(row: np.ndarray, kept: np.ndarray, text: str, tokenizer: Any) -> None:
-    """Check that the tokens of a row are those of a text, of which some may be masked.
+def _check_tokens(found: np.ndarray, text: str, tokenizer: Any, longest: int | None) -> None:
+    """Check that tokens are those of a text, of which some may be masked; a text of more than `longest` is cut.
 
     Raises:
         OtherInputsError: they are not.
     """
-    own, found = np.array(tokenizer(text)["input_ids"]), row[kept]
+    own = np.array(tokenizer(text, truncation=longest is not None, max_length=longest)["input_ids"])
     found = found[: len(own)]
     if len(found) != len(own) or ((found != own) & (found != tokenizer.mask_token_id)).any():
         raise OtherInputsError(f"the tokens of {text!r} are {found.tolist()}, expected {own.tolist()}")

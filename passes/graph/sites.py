@@ -282,11 +282,14 @@ class _Finder:
         """Remove candidates that begin inside the branch of another one and hold its sum.
 
         The values of a first attention that later ones mix into theirs (value residual) are no trunk of the blocks
-        between.
+        between. A sum that no other trunk is, or is a norm of, does not count: in DETR's decoder, the queries of an
+        attention are the sum of positions and a value that is computed from them.
         """
         kept: list[_Candidate] = []
+        trunks = {self.unscaled(candidate.trunk) for candidate in candidates}
+        read = trunks.union(*(trunk.all_input_nodes for trunk in trunks))
         for candidate in sorted(candidates, key=lambda each: self.index[each.root]):
-            if not any(self._straddles(candidate, other) for other in kept):
+            if not any(self._straddles(candidate, other) for other in kept if other.root in read):
                 kept.append(candidate)
         return [candidate for candidate in candidates if candidate in kept]
 

@@ -233,6 +233,12 @@ def scaled_value_of_the_first_mixed_in(m, x):
     return value_of_the_first_mixed_in(m, x, 0.5)
 
 
+def queries_of_positions_and_a_value(m, x):
+    """A decoder of DETR: the queries add positions to a value that was computed from them."""
+    y = m.a(x)
+    return y + m.b(x + m.c(y))
+
+
 def activated_beside_itself(m, x):
     y = m.a(x)
     return x + (y + torch.sigmoid(y))
@@ -268,6 +274,7 @@ def first_state_mixed_in(m, x):
         (pooled_less_itself, ["norm"]),
         (value_of_the_first_mixed_in, ["a", "b"]),
         (scaled_value_of_the_first_mixed_in, ["a", "b"]),
+        (queries_of_positions_and_a_value, ["add", "add_1"]),
         (activated_beside_itself, ["a"]),
         (bias_beside_activation, []),
     ],
