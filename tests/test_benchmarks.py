@@ -1277,7 +1277,7 @@ def test_texts_are_judged_by_the_tokens_of_the_config(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "_called", lambda *given: called(*given) + 0.01)
     assert coverage.judged("roberta", tmp_path / "b")["outcome"] == "fault"
     with pytest.raises(inputs.OtherInputsError, match="the tokens of 'w9' are"):
-        inputs._check_tokens(np.array([0, 8, 2]), np.ones(3, bool), "w9", tokenizer)
+        inputs._check_tokens(np.array([0, 8, 2]), "w9", tokenizer, None)
 
 
 @pytest.mark.parametrize(
