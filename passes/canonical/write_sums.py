@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
+from passes.graph.coverage import between
 from passes.graph.edit import insert_call, remove_dead, replace_all_uses
-from passes.graph.graph import ADDS, Graph, aten, value_of
-from passes.graph.sites import find_sites
+from passes.graph.graph import ADDS, Graph, aten, unscaled, value_of
+from passes.graph.sites import computes_maps, find_sites
 
 SUBTRACTIONS = frozenset({aten.sub.Tensor, aten.sub_.Tensor})
 MIXTURES = frozenset({aten.lerp.Scalar, aten.lerp.Tensor, aten.lerp_.Scalar, aten.lerp_.Tensor})
@@ -32,7 +33,8 @@ Write = Callable[..., fx.Node]
 class WriteSums:
     """Rewrite pass that writes the sums of residual branches as plain additions, by which sites are found.
 
-    Only sums that make a site are rewritten; other differences and mixtures stay.
+    Only sums that make a site with a linear map, a convolution or an attention are rewritten; other differences and
+    mixtures stay.
 
     Before::
 
@@ -54,7 +56,7 @@ class WriteSums:
         trial = graph.fork()
         written = {name: _write(trial, node) for name, node in _spelled(trial).items()}
         remove_dead(trial)  # the operators that were replaced still read the branches
-        sums = {name for site in find_sites(trial) for name in (site.add, site.root)}
+        sums = _sums_of_sites(trial)
         wanted = [name for name, added in written.items() if not sums.isdisjoint(added)]
         spelled = _spelled(graph)
         for name in wanted:
@@ -62,6 +64,20 @@ class WriteSums:
         if wanted:
             remove_dead(graph)
         return Rewritten(changed=tuple(wanted))
+
+
+def _sums_of_sites(graph: Graph) -> set[str]:
+    """Return the names of the sums of branches that hold a linear map, a convolution or an attention.
+
+    The step of a recurrence subtracts the largest value so far, which depends on weights too (RWKV).
+    """
+    nodes = {node.name: node for node in graph.nodes()}
+    return {
+        name
+        for site in find_sites(graph)
+        if computes_maps(tuple(between(unscaled(nodes[site.trunk]), nodes[site.branch])))
+        for name in (site.add, site.root)
+    }
 
 
 def has_other_sums(graph: Graph) -> bool:

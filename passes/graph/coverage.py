@@ -27,7 +27,7 @@ def outside_of(graph: Graph, sites: Collection[Site]) -> tuple[str, ...]:
     remaining = attentions(graph)
     nodes = {node.name: node for node in graph.nodes()}
     for site in sites:
-        for node in _between(unscaled(nodes[site.trunk]), nodes[site.branch]):
+        for node in between(unscaled(nodes[site.trunk]), nodes[site.branch]):
             remaining.pop(node, None)
     return tuple(dict.fromkeys(remaining.values()))
 
@@ -50,8 +50,8 @@ def _multiplies_activations(node: fx.Node) -> bool:
     return node.target in PRODUCTS and len(sources) > 1
 
 
-def _between(trunk: fx.Node, branch: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes on the paths from a trunk to a branch, in order."""
+def between(trunk: fx.Node, branch: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes on the paths from a trunk to a branch, in order, without the trunk."""
     needed = ancestors_of([branch])
     reached = {trunk}
     for node in trunk.graph.nodes:

@@ -28,6 +28,7 @@ CHANNELS_FIRST_OPS = CONV_OPS | {
     aten.avg_pool2d.default,
     aten.max_pool2d.default,
 }
+MAPS = LINEAR_OPS | CONV_OPS | PRODUCTS | ATTENTION_OPS  # of several features or tokens, and not of each by itself
 NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 CROSS_ATTENTION = "cross_attention"  # the kind of an attention whose keys and values come from another sequence
 ATTENTIONS = ("attention", CROSS_ATTENTION)
@@ -84,6 +85,11 @@ class _Candidate:
     def scaled(self) -> bool:
         """Whether the trunk is scaled by a constant before the sum."""
         return unscaled(self.trunk) is not self.trunk
+
+
+def computes_maps(nodes: Collection[fx.Node]) -> bool:
+    """Return whether nodes compute a linear map, a convolution or an attention, and not only values one by one."""
+    return any(node.target in MAPS for node in nodes)
 
 
 class _Finder:
@@ -173,8 +179,8 @@ class _Finder:
     def _candidate(self, add: fx.Node, branch: fx.Node, trunk: fx.Node, root: fx.Node) -> _Candidate | None:
         nodes = self._region(branch, self.unscaled(trunk))
         weights = self._weights(nodes, trunk)
-        if not weights:
-            return None
+        if not weights or (self.unscaled(trunk) is not trunk and not computes_maps(nodes)):
+            return None  # RWKV mixes each token with the one before, by a weight for each feature
         channel_dim = _channel_dim(self.unscaled(trunk), nodes)
         if not isinstance(value_of(trunk).shape[channel_dim], int):
             return None  # scores of tokens for tokens, as of ProphetNet with its relative positions, have no features

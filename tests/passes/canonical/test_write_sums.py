@@ -90,6 +90,17 @@ def test_operators_that_make_no_site_stay() -> None:
     assert {aten.sub.Tensor, aten.lerp.Scalar} <= targets
 
 
+def test_a_difference_from_a_value_that_is_computed_one_by_one_stays() -> None:
+    """The step of a recurrence subtracts the largest value so far, as RWKV's does."""
+
+    def rule(m: Spelled, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        return (x - torch.maximum(x + m.gate, x.tanh())).exp() + f
+
+    graph, _ = traced(rule)
+    assert aten.sub.Tensor in {node.target for node in graph.nodes()}
+    assert find_sites(graph) == ()
+
+
 @pytest.mark.parametrize("rule", [lambda m, x, f: x * f.sigmoid() + f, lambda m, x, f: 2 / x + f])
 def test_a_trunk_that_no_constant_scales_makes_no_site(rule: Rule) -> None:
     graph, _ = traced(rule)

@@ -239,6 +239,13 @@ def queries_of_positions_and_a_value(m, x):
     return y + m.b(x + m.c(y))
 
 
+def mixed_with_the_token_before(m, x):
+    """RWKV: the branch mixes each token with the one before, by a weight for each feature."""
+    before = F.pad(x, (0, 0, 1, -1))
+    first, second = (x * weight + before * (1 - weight) for weight in (m.norm.weight, m.norm.bias))
+    return x + m.a(first * second)
+
+
 def activated_beside_itself(m, x):
     y = m.a(x)
     return x + (y + torch.sigmoid(y))
@@ -275,6 +282,7 @@ def first_state_mixed_in(m, x):
         (value_of_the_first_mixed_in, ["a", "b"]),
         (scaled_value_of_the_first_mixed_in, ["a", "b"]),
         (queries_of_positions_and_a_value, ["add", "add_1"]),
+        (mixed_with_the_token_before, ["a"]),
         (activated_beside_itself, ["a"]),
         (bias_beside_activation, []),
     ],
