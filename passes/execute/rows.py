@@ -325,6 +325,7 @@ def _batched(call: _Call) -> Any:
 
 
 def _reshaped(call: _Call) -> Any:
+    """Return the value in another shape, which that of one row tells."""
     value = call.only_first().value
     return value.reshape(value.shape[0], *call.shape)
 
@@ -346,11 +347,6 @@ def _permuted(call: _Call) -> Any:
 def _transposed(call: _Call) -> Any:
     value = call.only_first()
     return value.value.permute(0, *range(value.ndim, 0, -1))
-
-
-def _squeezed(call: _Call) -> Any:
-    """Drop axes of size 1, which the shape of the result tells."""
-    return _reshaped(call)
 
 
 def _of_all(call: _Call) -> Any:
@@ -429,16 +425,15 @@ def _new(call: _Call) -> Any:
 
 
 RULES: dict[str, Callable[[_Call], Any]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _reshaped),
-    **dict.fromkeys(("expand",), _expanded),
-    **dict.fromkeys(("repeat",), _repeated),
-    **dict.fromkeys(("permute",), _permuted),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "squeeze"), _reshaped),
+    "expand": _expanded,
+    "repeat": _repeated,
+    "permute": _permuted,
     **dict.fromkeys(("t", "numpy_T"), _transposed),
-    **dict.fromkeys(("squeeze",), _squeezed),
     **dict.fromkeys(("mm", "bmm", "matmul"), _product),
     **dict.fromkeys(("addmm", "baddbmm"), _added_product),
-    **dict.fromkeys(("scaled_dot_product_attention",), _attention),
-    **dict.fromkeys(("embedding",), _looked_up),
+    "scaled_dot_product_attention": _attention,
+    "embedding": _looked_up,
     **dict.fromkeys(("index", "index_put"), _indexed),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full"), _new),
 }

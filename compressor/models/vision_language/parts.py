@@ -88,13 +88,12 @@ def parts_of(module: Any, location: str) -> Parts:
     Raises:
         PartsError: the model takes images in another form, has no cache, or computes something else than the parts.
     """
-    clips = sees_clips_alone(module)
-    image_token = getattr(module.config, "video_token_id" if clips else "image_token_id", None)
-    compute = getattr(source_of(module), "get_video_features" if clips else "get_image_features", None)
+    kind = "video" if sees_clips_alone(module) else "image"
+    image_token = getattr(module.config, f"{kind}_token_id", None)
+    compute = getattr(source_of(module), f"get_{kind}_features", None)
     if compute is None or not isinstance(image_token, int):
-        missing = f"no {'video' if clips else 'image'}_token_id in its config{_other_places(module)}"
-        missing = missing if image_token is None else "no get_image_features"
-        raise PartsError(module, location, f"has {missing}")
+        missing = f"{kind}_token_id in its config{_other_places(module)}"
+        raise PartsError(module, location, f"has no {missing if image_token is None else f'get_{kind}_features'}")
     if getattr(module.config, "use_decoder_only_language_model", True) is False:
         raise PartsError(module, location, "has a language model with an encoder, whose caches these files do not hold")
     others = sorted(set(inspect.signature(compute).parameters) - KNOWN)
