@@ -203,15 +203,16 @@ def _fit_parts(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
         side = backbone["image_size"]
         side = side[0] // 4 if isinstance(side, list) else 4 * side // backbone["patch_size"]
         fields["backbone_feature_sizes"] = [[side // 2**level] * 2 for level in range(3)]
-    if "prompt_encoder_config" in fields and "vision_config" in fields:
+    if "prompt_encoder_config" in fields and "backbone_feature_sizes" in fields.get("vision_config", {}):  # SAM 2
         side = fields["vision_config"]["backbone_feature_sizes"][-1][0]
         fields["prompt_encoder_config"] |= {"patch_size": 8, "image_size": 8 * side}
     if "num_queries" in values and (values.get("two_stage") or backbone.get("image_size")):
         fields["num_queries"] = 8  # of as few tokens of an image
         if "text_config" in values and "image_size" in backbone:  # Grounding DINO normalises over the last stage
             backbone["image_size"] = 2 * STAGED_SIDE
-    blocks = "block_configs" in (values.get("backbone_config") or {})
-    detects = "layer_list_out_channels" in values or ("intraclass_block_config" in values and blocks)
+    backbone_values = values.get("backbone_config") or {}
+    blocks = "block_configs" in backbone_values and isinstance(backbone_values.get("stem_channels"), list)
+    detects = blocks and bool({"layer_list_out_channels", "intraclass_block_config"} & set(values))
     if "bridge_connector" in values or detects:  # UVDoc and PP-OCRv6 join all stages
         names = values["backbone_config"]["stage_names"][1:]
         backbone |= {"out_features": names, "out_indices": list(range(1, len(names) + 1))}
@@ -264,7 +265,8 @@ def _fit_layers(default: Any, values: Mapping[str, Any], fields: dict[str, Any])
     stages = values.get("out_indices")
     if isinstance(stages, Sequence) and max(stages) > fields[name]:
         fields.pop("out_features", None)
-        fields[name], fields["out_indices"] = len(stages), list(range(1, len(stages) + 1))
+        fields[name] = max(fields[name], len(stages))
+        fields["out_indices"] = list(range(fields[name] - len(stages) + 1, fields[name] + 1))
 
 
 def _fit_images(values: Mapping[str, Any], fields: dict[str, Any]) -> None:

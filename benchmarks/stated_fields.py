@@ -178,6 +178,10 @@ STATED: dict[str, dict[str, Any]] = {
     | {"loop_layer_index_start": 2, "loop_layer_index_end": 4},
     "Inkling2TextConfig": INKLING,
     "Inkling2VisionConfig": {"text_hidden_size": 32, "projection_hidden_dim": 64},
+    "Sapiens2Config": {"head_config": {  # of segmentation; the default has none
+        "upsample_out_channels": [16, 16], "upsample_kernel_sizes": [4, 4],
+        "conv_out_channels": [16], "conv_kernel_sizes": [1],
+    }},
     "PeVideoEncoderConfig": {"vision_config": TOWER, "num_key_value_heads": 4},
     "PocketTTSConfig": FLOW,
     "PPFormulaNetVisionConfig": {
