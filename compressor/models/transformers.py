@@ -38,9 +38,9 @@ from compressor.models.weights.config_checks import (
     check_parameters,
     damaged_labels,
     damaged_weights,
-    quantized,
 )
 from compressor.models.weights.lazy_weights import module_on_disk
+from compressor.models.weights.quantized import check_floats, check_method, of_quantization, quantized
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 from compressor.models.weights.unregistered import ADVICE, unregistered_weights
 from passes.graph.cached_functions import forget_results
@@ -132,6 +132,8 @@ def load(
             sentence_files = sentence_transformers.find_files(partial(optional_file, location, revision=revision))
             resolved_task = _whole(_ctc_or(task, config), config) or task_of(config, sentence_files, location)
             check_counts(config, location)
+            if not random_weights:
+                check_method(config, location, on_disk=on_disk)
             if isinstance(config, nemotron_nas.NemotronNasConfig):
                 nemotron_nas.block_shapes(config, location)
             kind = class_of(config, resolved_task)
@@ -144,6 +146,8 @@ def load(
                 model = wrap(Loaded(module.eval(), location, resolved_task, options, sentence_files, cache=cache))
                 return replace(model, dtypes=_dtypes(module, location, revision))
             module, missing, left_out = _module(location, config, resolved_task, random_weights, options)
+            if not random_weights:
+                check_floats(module, config, left_out, weight_files(location, revision), location)
         except ModelError:
             raise
         except Exception as error:  # transformers does not wrap hub, file and shape errors
@@ -165,8 +169,9 @@ def load(
             sequence_length,
         )
         model = wrap(loaded)
-        dtypes = {} if random_weights else _dtypes(module, location, revision)
-        return replace(model, limitations=(*model.limitations, *_left_out(left_out)), dtypes=dtypes)
+        packed = () if random_weights else of_quantization(config)
+        dtypes = {} if random_weights or packed else _dtypes(module, location, revision)
+        return replace(model, limitations=(*model.limitations, *packed, *_left_out(left_out)), dtypes=dtypes)
 
 
 def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dict[str, torch.dtype]:

@@ -80,18 +80,6 @@ def damaged_weights(folder: Path) -> str | None:
     return None
 
 
-def quantized(config: Any) -> str | None:
-    """Return that a checkpoint is quantized, with the remedy, for a config that says so; None for others."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-    return (
-        f"its weights are quantized ({getattr(method, 'value', method)}); pass the checkpoint that they were made "
-        "from, which --precision quantizes"
-    )
-
-
 def check_parameters(build: Callable[[], torch.nn.Module], location: str, *, random_weights: bool) -> None:
     """Build a model without memory, and check that its weights can be in its files, or in memory if they are random.
 
