@@ -29,6 +29,7 @@ CHANNELS_FIRST_OPS = CONV_OPS | {
     aten.max_pool2d.default,
 }
 MAPS = LINEAR_OPS | CONV_OPS | PRODUCTS | ATTENTION_OPS  # of several features or tokens, and not of each by itself
+RECURRENCE = "compressor.recurrence.default"  # of keys, values and queries over the tokens, as in linear attention
 NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 CROSS_ATTENTION = "cross_attention"  # the kind of an attention whose keys and values come from another sequence
 ATTENTIONS = ("attention", CROSS_ATTENTION)
@@ -215,6 +216,8 @@ class _Finder:
         spatial = [node for node in nodes if node.target in CONV_OPS and not _is_pointwise(node)]
         if spatial:
             return "conv"
+        if any(str(node.target) == RECURRENCE for node in nodes):
+            return "attention"
         linear = LINEAR_OPS | CONV_OPS
         pointwise = [node for node in nodes if node.target in linear or self._maps_features(node)]
         return "mlp" if len(pointwise) > 1 else "other"

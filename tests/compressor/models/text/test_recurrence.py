@@ -18,6 +18,7 @@ from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import LowerError, lower
 from compressor.models.text.recurrence import OPERATOR, as_operators
+from passes.graph.sites import RECURRENCE, find_sites
 
 ROWS, TOKENS = 2, 9
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}  # transformers sums over blocks of tokens
@@ -122,6 +123,21 @@ def test_the_recurrence_of_minimax_takes_any_number_of_blocks():
                 torch.testing.assert_close(value, wanted, **CLOSE)
 
 
+def test_lightning_attention_is_an_attention_and_a_state_behind_a_convolution_is_not(folder, tmp_path):
+    config = transformers.MiniMaxConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+        num_hidden_layers=2, num_local_experts=2, block_size=4, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with quiet():
+        transformers.MiniMaxForCausalLM(config).eval().save_pretrained(tmp_path)
+    kinds = {site.name: site.kind for site in find_sites(trace(models.load(str(tmp_path), cache=False)))}
+    assert [kinds[f"model.layers.{layer}.self_attn"] for layer in range(2)] == ["attention", "attention"]
+    assert [kinds[f"model.layers.{layer}.mlp"] for layer in range(2)] == ["mlp", "mlp"]
+    behind = {site.name: site.kind for site in find_sites(trace(models.load(str(folder), cache=False)))}
+    assert behind["model.layers.0.linear_attn"] == "conv"
+
+
 def scan(module, **values):
     return getattr(type(module), GRIFFIN.rpartition(".")[2])(module, **values)
 
@@ -156,6 +172,7 @@ def test_a_file_has_a_loop_over_any_number_of_tokens(folder, tmp_path):
     model = models.load(str(folder), cache=False)
     graph = trace(model)
     assert [node.target for node in graph.nodes()].count(OPERATOR) == 1
+    assert str(OPERATOR) == RECURRENCE
     path = lower(fold_graph(graph), model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for rows, tokens in ((1, 5), (3, 70)):  # more than a block of transformers, which has 64
