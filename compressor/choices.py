@@ -90,7 +90,7 @@ class ImageTokens(NamedTuple):
 
 
 def parse_image_tokens(value: str) -> ImageTokens | None:
-    """Return the stages of the value of --image-tokens; None for none.
+    """Return the stages of the value of --image-tokens; None for none, and for auto, which chooses them.
 
     Raises:
         ValueError: the value has another form, or depths that do not rise or shares that do not fall.
@@ -100,7 +100,7 @@ def parse_image_tokens(value: str) -> ImageTokens | None:
     >>> parse_image_tokens("random:12.5%@4").stages
     ((4, 0.125),)
     """
-    if value == NO_STAGES:
+    if value in (NO_STAGES, AUTO):
         return None
     method, _, rest = value.rpartition(":")
     parts = [re.fullmatch(r"(\d+(?:\.\d+)?)%@(\d+)", part.strip()) for part in rest.split(",")]
@@ -109,7 +109,7 @@ def parse_image_tokens(value: str) -> ImageTokens | None:
         raise ValueError(
             f"--image-tokens {value}: expected the share of image tokens that is kept and the block before which the "
             f"others go, such as 50%@8,25%@16, and in front of it another method ({' or '.join(RANKINGS[1:])}), such "
-            "as random:50%@8"
+            "as random:50%@8, or auto"
         )
     depths, shares = [depth for depth, _ in found], [share for _, share in found]
     if depths != sorted(set(depths)) or depths[0] < 1:

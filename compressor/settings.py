@@ -120,7 +120,8 @@ class Settings:
     image_tokens: str = option(
         NO_STAGES,
         "Vision-language models: image tokens that are kept in the language model's prompt behind some of its blocks, "
-        "such as 50%@8,25%@16, ranked by the attention of the last token; norm:50%@8 and random:50%@8 rank otherwise.",
+        "such as 50%@8,25%@16, ranked by the attention of the last token; norm:50%@8 and random:50%@8 rank otherwise; "
+        "auto chooses by --max-loss, with --drop auto by half of it.",
         metavar="SHARE@BLOCK,...",
     )
     max_loss: float | None = option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from compressor import models
-from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
+from compressor.choices import AUTO, GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, EMPTY_CLASSES, ONE_CLASS, Samples
@@ -162,9 +162,9 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         )
     if model.has_two_towers:
         _check_two_towers(model, settings)
-    stages = settings.image_stages
-    if stages is not None:
-        model = with_indices(_with_images(model, settings), [depth for depth, _ in stages.stages])
+    depths = _depths(settings, model)
+    if depths:
+        model = with_indices(model, depths)
     if model.has_parts:
         _check_parts(model, settings)
     if settings.target == TRANSFORMERS:
@@ -188,9 +188,9 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             raise SubjectError(without_sites(graph, model, "pass --drop none to export it as it is"))
         check_drop(settings.drop, sites)
         data = dataclasses.replace(data, limitations=(*data.limitations, *_outside_of_sites(graph, sites)))
-        if stages is not None:
-            without_image_tokens(graph, model, settings)  # asked first: a search takes long
-            model = with_state(model, [depth for depth, _ in stages.stages])
+        if depths:  # asked first: a search takes long
+            apply(DropImageTokens(tuple((depth, 0.5) for depth in depths)), graph.fork())
+            model = with_state(model, depths)
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
         _check_itself(model, graph, data, settings)
@@ -320,14 +320,23 @@ def without_image_tokens(graph: Graph, model: Model, settings: Settings) -> Grap
     return fork
 
 
-def _with_images(model: Model, settings: Settings) -> Model:
-    """Return a vision-language model; refuse any other.
+def quarters(model: Model) -> tuple[int, ...]:
+    """Return the blocks at a quarter, a half and three quarters of a language model with a KV cache, none twice."""
+    blocks = 1 + max(int(name.split(".")[1]) for name in model.state if name.endswith(".key"))
+    return tuple(sorted({min(max(quarter * blocks // 4, 1), blocks - 1) for quarter in (1, 2, 3)}))
+
+
+def _depths(settings: Settings, model: Model) -> tuple[int, ...]:
+    """Return the blocks before which ``--image-tokens`` drops tokens; for ``auto`` those of `quarters`.
 
     Raises:
         SubjectError: the model reads no images with its texts.
     """
+    stages = settings.image_stages
+    if stages is None and settings.image_tokens != AUTO:
+        return ()
     if model.is_vision_language:
-        return model
+        return quarters(model) if stages is None else tuple(depth for depth, _ in stages.stages)
     raise SubjectError(
         f"--image-tokens {settings.image_tokens} drops image tokens from the prompt of a vision-language model, but "
         f"{model.name} does {model.task}; leave --image-tokens out."

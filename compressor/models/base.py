@@ -75,7 +75,8 @@ class EvaluatedOutput:
         """Return it as the model returns it."""
         places = [outputs[name] for name in self.places if name in outputs]
         if places:
-            return at_every_token(outputs[self.answer], min(places, key=lambda each: int(each.shape[1])))
+            shortest = min(places, key=lambda each: int(each.shape[1]))
+            return at_every_token(np.asarray(outputs[self.answer]), np.asarray(shortest))
         if not self.stacked:
             return outputs[self.answer]
         values = [outputs[name] for name in (self.answer, *self.stacked)]
@@ -86,8 +87,7 @@ class EvaluatedOutput:
 
         A rewritten graph may lack the last ones, such as the cache of an attention that was removed.
         """
-        value: torch.Tensor = self.of(dict(zip(self.outputs, outputs, strict=False)))
-        return value
+        return torch.as_tensor(self.of(dict(zip(self.outputs, outputs, strict=False))))
 
 
 def at_every_token(values: npt.NDArray[Any], places: npt.NDArray[Any]) -> npt.NDArray[Any]:

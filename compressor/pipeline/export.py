@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import AUTO, GGUF, TRANSFORMERS
+from compressor.choices import AUTO, GGUF, NO_STAGES, TRANSFORMERS
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
 from compressor.deferred.parser import parsed_by
@@ -59,6 +59,7 @@ from compressor.report.report import REPORT, Quality, Report, Size, latency_to_d
 from compressor.search import depth_order, without_merges
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
+from compressor.search.image_token_choice import ImageTokenChoice, choose_image_tokens
 from compressor.search.planner import Choice, choose_plan, merge_schedule
 from compressor.search.site_evidence import of_zeros, tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
@@ -180,9 +181,15 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             subject = load(settings, steps, decision=share_of(settings), executor=executor)
             merge_schedule(settings.tokens, subject.sites)  # refused before anything is measured
             subject = check_original(subject, steps)
+            images = choose_image_tokens(subject, settings, steps)
+            if images is not None:
+                settings = dataclasses.replace(settings, image_tokens=images.stages)
+                if images.stages == NO_STAGES:  # the inputs of stages go too
+                    del subject
+                    subject = load(settings, steps, decision=share_of(settings), executor=executor)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
-            report = _compressed(subject, settings, evaluator, folder, steps, command, gpus)
+            report = _compressed(subject, settings, evaluator, folder, steps, command, gpus, images)
         _write(report, folder, subject)
         model_card.write(folder)
     return report
@@ -196,10 +203,11 @@ def _compressed(
     steps: Steps,
     command: str,
     gpus: Gpus | None,
+    images: ImageTokenChoice | None,
 ) -> Report:
     """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
     builder, timer = evaluator.builder, evaluator.timer
-    shipped, decided = _decided(subject, settings, evaluator, folder, steps)
+    shipped, decided = _decided(subject, settings, evaluator, folder, steps, 0.0 if images is None else images.spent)
     rewritten, variants, settings = shipped.rewritten, shipped.variants, shipped.settings
     plan, factorial, conversions = rewritten.choice.plan, shipped.factorial, shipped.conversions
     (folder / "plan.json").write_text(plan.to_json())
@@ -240,7 +248,11 @@ def _compressed(
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
         image_tokens=image_token_stages.facts(
-            settings.image_stages, _generation(parts, timer.calls, settings, subject), rewritten.folded, subject.graph
+            settings.image_stages,
+            _generation(parts, timer.calls, settings, subject),
+            rewritten.folded,
+            subject.graph,
+            () if images is None else images.tried,
         ),
         exact={"multiply_adds": Costs(builder.fold(subject.graph), subject.costs.example).total.multiply_adds},
         limitations=(
@@ -256,7 +268,8 @@ def _compressed(
             *of_timings(timer.unsteady),
         ),
     )
-    return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten))
+    notes = _notes(report, settings, subject, rewritten)
+    return dataclasses.replace(report, notes=notes if images is None else (*notes, images.sentence()))
 
 
 def _make_room(graphs: Sequence[Graph], subject: TracedModel, scratch: Path) -> None:
@@ -274,11 +287,11 @@ def _make_room(graphs: Sequence[Graph], subject: TracedModel, scratch: Path) -> 
 
 
 def _decided(
-    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps
+    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, lost: float
 ) -> tuple[_Shipped, dict[str, Any]]:
     """Choose a plan and build its engines; with a budget, take fewer changes until the engine is within it.
 
-    So does a plan that leaves no layer for the precision asked for.
+    So does a plan that leaves no layer for the precision asked for. Stages of image tokens take `lost` percent of it.
 
     Returns:
         The engines, and the facts about the decision.
@@ -293,7 +306,7 @@ def _decided(
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
     if decision is not None:
-        decision.spent = spent
+        decision.spent = spent + lost
         if settings.confidence is not None and certify:
             choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
         elif settings.heal == "none":

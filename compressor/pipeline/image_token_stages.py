@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.graph.graph import value_of
@@ -11,11 +11,16 @@ from passes.image_tokens.image_tokens import stage_of_state
 
 if TYPE_CHECKING:
     from compressor.choices import ImageTokens
+    from compressor.search.image_token_choice import TriedSchedule
     from passes.graph.graph import Graph
 
 
 def facts(
-    stages: ImageTokens | None, generation: Mapping[str, Any] | None, graph: Graph, baseline: Graph
+    stages: ImageTokens | None,
+    generation: Mapping[str, Any] | None,
+    graph: Graph,
+    baseline: Graph,
+    tried: Sequence[TriedSchedule] = (),
 ) -> dict[str, Any] | None:
     """Return the stages of an export with the image tokens that remain in the prompt that is timed; None without any.
 
@@ -24,6 +29,7 @@ def facts(
         generation: the lengths that are timed, with the number of image tokens.
         graph: the result.
         baseline: the original.
+        tried: the schedules that ``--image-tokens auto`` judged.
     """
     if stages is None or generation is None:
         return None
@@ -38,6 +44,7 @@ def facts(
             "baseline": _bytes(baseline, prompt, images, {}),
             "result": _bytes(graph, prompt, images, remaining),
         },
+        **({"tried": [each.to_dict() for each in tried]} if tried else {}),
     }
 
 

@@ -40,7 +40,8 @@ def _of_search(settings: Settings) -> Iterator[tuple[str, str]]:
     searched = drop == AUTO
     ranked = not searched and drop != "none" and not drop.endswith(".json") and not parse(drop).names
     if not searched:
-        for name in ("max_loss", "budget", "cost", "prices"):
+        chosen = () if settings.image_tokens == AUTO else ("max_loss", "budget")
+        for name in (*chosen, "cost", "prices"):
             yield name, f"which only a search uses, with --drop {drop}; give --drop auto"
         if settings.metric != "output":
             yield "search_samples", "on which effects on the output are measured; give --drop auto or --metric output"

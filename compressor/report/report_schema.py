@@ -523,6 +523,13 @@ class _CacheBytes(TypedDict):
 
 
 @with_config(_EXACT)
+class _TriedSchedule(TypedDict):
+    stages: Text
+    validation: float | None
+    fresh: float | None
+
+
+@with_config(_EXACT)
 class ImageTokens(TypedDict):
     """The stages at which image tokens are dropped, and the bytes of the cache behind the prompt."""
 
@@ -530,6 +537,7 @@ class ImageTokens(TypedDict):
     tokens: TokenCount
     stages: list[_ImageStage]
     cache: _CacheBytes
+    tried: NotRequired[list[_TriedSchedule]]  # by --image-tokens auto
 
 
 @with_config(_KEPT)

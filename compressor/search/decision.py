@@ -74,7 +74,8 @@ def _finite(value: float | None) -> float | None:
 
 def share_of(settings: Settings) -> float:
     """Return the share of the samples in the decision split: 0 without a search that has to keep to a budget."""
-    return SHARE if settings.drop == "auto" and math.isfinite(settings.loss_limit) else 0.0
+    chosen = AUTO in (settings.drop, settings.image_tokens)
+    return SHARE if chosen and math.isfinite(settings.loss_limit) else 0.0
 
 
 @dataclass
@@ -290,6 +291,23 @@ def expected_loss(fresh: Loss, validated: Loss) -> float:
     """
     total = fresh.samples * fresh.percent + validated.samples * validated.percent + LOST * 100.0
     return total / (fresh.samples + validated.samples + LOST)
+
+
+def loss_to_hold(losses: ValidationLoss, fresh: Loss, validated: Loss) -> float:
+    """Return the loss in percent that has to be within a limit, for a change judged on both splits.
+
+    It is the loss on fresh samples or, if that is larger, the loss to expect of new ones (see `expected_loss`); for a
+    loss that is no mean over samples the one raised by `ERRORS` of its standard errors.
+
+    Args:
+        losses: what measured `fresh`.
+        fresh: loss on samples that the search did not see, with its standard error.
+        validated: loss on the validation samples.
+    """
+    if fresh.samples < len(losses.split):  # a lower bound beyond the limit
+        return fresh.percent
+    likely = expected_loss(fresh, validated) if losses.averages else fresh.percent + ERRORS * fresh.error
+    return math.inf if math.isnan(likely) else max(fresh.percent, likely)
 
 
 def _efficient(choice: Choice) -> list[int]:
