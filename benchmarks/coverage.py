@@ -166,27 +166,33 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
         module.save_pretrained(folder / "model")
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
-    found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
+    kind = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
     preprocessor = _suitable(module)
     if preprocessor is not None:
         preprocessor = preprocessor.saved(folder / "model")
-        found["preprocessor"] = ", ".join(preprocessor.names)
     real = None if preprocessor is None else Real(preprocessor, write_inputs(preprocessor, module.config, folder))
-    first = _exported(module, folder, {}, real)
-    if real is not None and ARRAYS in first.get("detail", ""):  # as ViTMAE, which takes noise beside images
-        real = None
-        found.pop("preprocessor")
-        first = _exported(module, folder, {}, real)
-    found |= first
-    options, changes, other = list[str](), dict[str, Any](), found
+    found = other = kind | _exported(module, folder, {}, real)
+    options, changes = list[str](), dict[str, Any]()
     while (way := _way_round(other)) is not None and way[0] not in options:
         options.append(way[0])
         changes |= way[1]
         headless = changes.get("task", GENERATION) != GENERATION
         other = _exported(_headless(folder) if headless else module, folder, changes, real)
         if other["outcome"] in ("passes", "fault"):  # what a refusal advises must not end in a fault either
-            return {**found, **other, "option": " ".join(options)}
+            return {**kind, **other, "option": " ".join(options)}
     return found
+
+
+def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
+    """Return the outcome of a checkpoint on files, or on arrays if its refusal of files asks for them.
+
+    ViTMAE takes noise beside images, and a transducer (Parakeet) a token beside sound.
+    """
+    if real is not None:
+        found = _exported_on(module, folder, changes, real)
+        if ARRAYS not in found.get("detail", ""):
+            return {"preprocessor": ", ".join(real.preprocessor.names)} | found
+    return _exported_on(module, folder, changes, None)
 
 
 def _suitable(module: Any) -> Preprocessor | None:
@@ -218,7 +224,7 @@ def _headless(folder: Path) -> Any:
     return transformers.AutoModel.from_pretrained(folder / "model").eval()
 
 
-def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
+def _exported_on(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
     """Load, trace and write a checkpoint as an export with some other settings does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load

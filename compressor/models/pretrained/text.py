@@ -29,7 +29,15 @@ from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.end_tokens import at_end_token, with_end_token
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
-from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
+from compressor.models.text.padding import (
+    LEFT,
+    Padding,
+    allow_batches,
+    causal_padding,
+    encode,
+    find_causal_padding,
+    find_padding,
+)
 from compressor.models.text.probe import (
     TOKENS,
     accepts,
@@ -42,6 +50,7 @@ from compressor.models.text.probe import (
 )
 from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
+from passes.execute.offloaded_weights import is_offloaded
 
 EXAMPLE_TOKENS = 16
 USUAL = 2048  # maximum number of tokens of a text, if the maximum length of the model is unknown
@@ -278,7 +287,12 @@ def _padding(
         limits = allow_batches(answer, config, inputs, shortest)
         return None, [*limits, *(_least(shortest, "give rows of no less") if lengths.fixed is None else [])]
     if task == "text-generation":
-        return replace(causal_padding(tokenizer, config), least=lengths.fixed or 0), []
+        if any(map(is_offloaded, module.parameters())):  # the check needs values
+            return replace(causal_padding(tokenizer, config), least=lengths.fixed or 0), []
+        padding, limitations = find_causal_padding(answer, tokenizer, config, inputs, lengths.longest, lengths.fixed)
+        if padding.side == LEFT:
+            tokenizer.padding_side = LEFT
+        return padding, limitations
     least = 0 if shortest == TOKENS else shortest
     padding, limitations = find_padding(answer, tokenizer, config, inputs, lengths.longest, least, lengths.fixed)
     if lengths.fixed is None:
@@ -324,6 +338,7 @@ def text_preprocess(
         lengths=partial(_lengths, processor),
         longest=longest,
         limit=limit,
+        left_padding=padding.token if padding.side == LEFT else None,
     )
 
 

@@ -154,6 +154,14 @@ def test_windows_are_padded_to_the_length():
     assert batch.scored.tolist() == [[False, True, True, True], [False, False, True, False]]
 
 
+def test_windows_of_a_model_that_is_padded_on_the_left():
+    text = {"input_ids": np.arange(1, 6), "attention_mask": np.ones(5, np.int64)}
+    (batch,) = window_batches([(0, text)], Window(4, 2), dict, 8, least=5, left=9)
+    assert batch.feeds["input_ids"].tolist() == [[9, 1, 2, 3, 4], [9, 9, 3, 4, 5]]
+    assert batch.feeds["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert batch.scored.tolist() == [[False, False, True, True, True], [False, False, False, False, True]]
+
+
 # ------------------------------------------------------------------------------------------------------------- sound
 
 

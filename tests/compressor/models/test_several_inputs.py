@@ -344,6 +344,9 @@ def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):
         expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits.numpy()
     (found,) = session.run(["logits"], feeds)
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+    # Its feature extractor, which gives no tokens, does not hide that one is needed.
+    transformers.ParakeetFeatureExtractor(feature_size=16).save_pretrained(folder)
+    assert models.load(folder, task="feature-extraction").inputs == model.inputs
 
 
 def test_a_matcher_takes_pairs_of_images_and_gives_the_first_of_its_maps(tmp_path):
