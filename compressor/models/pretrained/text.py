@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -209,11 +210,30 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
         else:
             return tokens
     assert first is not None
+    if (objects := _objects(module)) is not None:
+        raise OtherInputsError(
+            f"{location} is a {type(module).__name__}, whose forward takes {objects}, and a file takes tensors alone; "
+            "pass the part that you need, such as its encoder of images, as a module of your own, "
+            "package.module:factory, whose forward takes tensors."
+        ) from first
     raise OtherInputsError(
         f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
         f"text of token ids alone ({first_line(first)}); pass it as a module of your own, package.module:factory, "
         "whose forward takes tensors and returns the output that you need."
     ) from first
+
+
+def _objects(module: Any) -> str | None:
+    """Return the arguments that a module without token ids needs and that are no tensors, with their classes, as a phrase.
+
+    Trackers of objects in videos take a session, which holds the frames, the prompts and what came of earlier frames.
+    Return None for a module that takes token ids, or needs none of them.
+    """
+    taken = inspect.signature(module.forward).parameters
+    named = [each for each in taken.values() if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty]
+    kinds = {each.name: getattr(each.annotation, "__name__", str(each.annotation)) for each in named}
+    found = [f"{name} of the class {kind}" for name, kind in kinds.items() if "Tensor" not in kind and kind != "_empty"]
+    return " and ".join(found) if found and "input_ids" not in taken else None
 
 
 def text_inputs(module: Any, tokenizer: Any, location: str, tokens: int = TOKENS) -> tuple[str, ...]:

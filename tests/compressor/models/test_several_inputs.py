@@ -113,7 +113,8 @@ def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_
     tower = {"model_type": "vit"} | SMALL | {"image_size": 32, "patch_size": 16}
     sam = {"prompt_encoder_config": {"hidden_size": 16}, "mask_decoder_config": {"hidden_size": 16}}
     fields = sam | {"vision_config": {"fpn_hidden_size": 16, "backbone_config": tower}}
-    with pytest.raises(ModelError, match="does not give last_hidden_state for any text of token ids alone"):
+    session = r"inference_session of the class Sam2VideoInferenceSession, and a file takes tensors alone; pass the part"
+    with pytest.raises(ModelError, match=f"is a Sam2VideoModel, whose forward takes {session} that you need"):
         models.load(save_model(tmp_path, "Sam2VideoModel", "Sam2VideoConfig", **fields))
 
 
