@@ -64,6 +64,8 @@ TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align", "edgetam", "vibe
 GENERATION = "text-generation"  # of texts alone, by the class itself
 LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 ARRAYS = "pass a .npz with them"  # of the refusal of files for a model whose inputs must be arrays
+ATTENTION = "attn_implementation"  # field of config.json
+EAGER = f'write "{ATTENTION}": "eager" into its config.json'  # advice of a refusal
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
@@ -176,6 +178,8 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     while (way := _way_round(other)) is not None and way[0] not in options:
         options.append(way[0])
         changes |= way[1]
+        if (attention := changes.pop(ATTENTION, None)) is not None:
+            module = _with_attention(module, folder, attention)
         headless = changes.get("task", GENERATION) != GENERATION
         other = _exported(_headless(folder) if headless else module, folder, changes, real)
         if other["outcome"] in ("passes", "fault"):  # what a refusal advises must not end in a fault either
@@ -213,8 +217,17 @@ def _way_round(found: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return f"{one[1] or ''}--sequence-length N", changes | {"sequence_length": ONE_LENGTH[one[2]]}
     if "pass --no-cache" in found["detail"]:
         return "--no-cache", {"cache": False}
+    if EAGER in found["detail"]:
+        return "attn_implementation in config.json", {ATTENTION: "eager"}
     task = re.search(r"pass --task (\S+) to export", found["detail"])
     return None if task is None else (f"--task {task[1]}", {"task": task[1]})
+
+
+def _with_attention(module: Any, folder: Path, attention: str) -> Any:
+    """Write a kind of attention into the config of a checkpoint; return the model as transformers loads it then."""
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {ATTENTION: attention}))
+    return type(module).from_pretrained(folder / "model").eval()
 
 
 def _headless(folder: Path) -> Any:

@@ -99,12 +99,11 @@ def _of_clips(
     """
     said = {each.feature for each in subject.model.limitations}
     clips = [_clip(source / name) for name in batch.ids]
-    samples = batch.feeds["input_values"].shape[-1] if "input_values" in batch.feeds else 0
-    fixed = "length of the clips" in said and bool(samples)
-    if fixed:
+    samples = subject.model.preprocess.padded if "input_values" in batch.feeds else None
+    if samples is not None:
         clips = [np.pad(clip[:samples], (0, max(0, samples - len(clip)))) for clip in clips]
     own = _extracted(parts["sound"], clips)
-    if fixed:  # the extractor pads to a multiple of the samples of a code
+    if samples is not None:  # the extractor pads to a multiple of the samples of a code
         own = {name: each[..., :samples] for name, each in own.items()}
     if "padding of the clips" in said:
         own = {name: each for name, each in own.items() if not name.endswith("mask")}

@@ -19,6 +19,8 @@ KINDS = {
     "beside the pixels": "reads images of varying size",
     "expected a model such as LLaVA": "reads images and texts in another way",
     "of token ids alone": "needs other inputs than texts",
+    "a file takes tensors alone": "takes a session of a video, which is no tensor",
+    "decides by a value that it computes": "decides by a value that it computes what to compute next",
     "fails on every shape": "needs other inputs than sound or a time series",
     "does not compute features of": "needs other inputs than images",
     "cannot be told apart by their caches": "is an encoder-decoder without the caches of transformers",

@@ -224,7 +224,7 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
 
 
 def _objects(module: Any) -> str | None:
-    """Return the arguments that a module without token ids needs and that are no tensors, with their classes, as a phrase.
+    """Return the arguments that a module without token ids needs and that are no tensors, with their classes.
 
     Trackers of objects in videos take a session, which holds the frames, the prompts and what came of earlier frames.
     Return None for a module that takes token ids, or needs none of them.
