@@ -64,6 +64,8 @@ TIED = ("dfine", "deim", "ppdoclayout", "promptdepth", "align", "edgetam", "vibe
 GENERATION = "text-generation"  # of texts alone, by the class itself
 LAYOUTS = ("image_grid_thw", "image_sizes", "image_position_ids")  # inputs of images that vary in size
 ARRAYS = "pass a .npz with them"  # of the refusal of files for a model whose inputs must be arrays
+ATTENTION = "attn_implementation"  # field of config.json
+EAGER = f'write "{ATTENTION}": "eager" into its config.json'  # advice of a refusal
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
@@ -166,27 +168,35 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
         module.save_pretrained(folder / "model")
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
-    found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
+    kind = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
     preprocessor = _suitable(module)
     if preprocessor is not None:
         preprocessor = preprocessor.saved(folder / "model")
-        found["preprocessor"] = ", ".join(preprocessor.names)
     real = None if preprocessor is None else Real(preprocessor, write_inputs(preprocessor, module.config, folder))
-    first = _exported(module, folder, {}, real)
-    if real is not None and ARRAYS in first.get("detail", ""):  # as ViTMAE, which takes noise beside images
-        real = None
-        found.pop("preprocessor")
-        first = _exported(module, folder, {}, real)
-    found |= first
-    options, changes, other = list[str](), dict[str, Any](), found
+    found = other = kind | _exported(module, folder, {}, real)
+    options, changes = list[str](), dict[str, Any]()
     while (way := _way_round(other)) is not None and way[0] not in options:
         options.append(way[0])
         changes |= way[1]
+        if (attention := changes.pop(ATTENTION, None)) is not None:
+            module = _with_attention(module, folder, attention)
         headless = changes.get("task", GENERATION) != GENERATION
         other = _exported(_headless(folder) if headless else module, folder, changes, real)
         if other["outcome"] in ("passes", "fault"):  # what a refusal advises must not end in a fault either
-            return {**found, **other, "option": " ".join(options)}
+            return {**kind, **other, "option": " ".join(options)}
     return found
+
+
+def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
+    """Return the outcome of a checkpoint on files, or on arrays if its refusal of files asks for them.
+
+    ViTMAE takes noise beside images, and a transducer (Parakeet) a token beside sound.
+    """
+    if real is not None:
+        found = _exported_on(module, folder, changes, real)
+        if ARRAYS not in found.get("detail", ""):
+            return {"preprocessor": ", ".join(real.preprocessor.names)} | found
+    return _exported_on(module, folder, changes, None)
 
 
 def _suitable(module: Any) -> Preprocessor | None:
@@ -207,8 +217,17 @@ def _way_round(found: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
         return f"{one[1] or ''}--sequence-length N", changes | {"sequence_length": ONE_LENGTH[one[2]]}
     if "pass --no-cache" in found["detail"]:
         return "--no-cache", {"cache": False}
+    if EAGER in found["detail"]:
+        return "attn_implementation in config.json", {ATTENTION: "eager"}
     task = re.search(r"pass --task (\S+) to export", found["detail"])
     return None if task is None else (f"--task {task[1]}", {"task": task[1]})
+
+
+def _with_attention(module: Any, folder: Path, attention: str) -> Any:
+    """Write a kind of attention into the config of a checkpoint; return the model as transformers loads it then."""
+    file = folder / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {ATTENTION: attention}))
+    return type(module).from_pretrained(folder / "model").eval()
 
 
 def _headless(folder: Path) -> Any:
@@ -218,7 +237,7 @@ def _headless(folder: Path) -> Any:
     return transformers.AutoModel.from_pretrained(folder / "model").eval()
 
 
-def _exported(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
+def _exported_on(module: Any, folder: Path, changes: dict[str, Any], real: Real | None) -> dict[str, Any]:
     """Load, trace and write a checkpoint as an export with some other settings does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load

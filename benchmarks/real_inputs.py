@@ -48,12 +48,12 @@ def _called(module: Any, answer: str, inputs: dict[str, Any]) -> np.ndarray:
     """Return an output of the class for inputs of which it gets those that it takes."""
     import torch
 
-    from compressor.models.text.probe import without_cache
+    from compressor.models.text.probe import call_without_cache
 
     taken = set(inspect.signature(module.forward).parameters)
     tensors = {name: torch.as_tensor(value) for name, value in inputs.items() if name in taken}
     with torch.inference_mode():
-        found = module(**tensors, **without_cache(module))
+        found, _ = call_without_cache(module, **tensors)
     expected = found[answer] if answer in found else next(iter(found.values()))
     return np.asarray(expected.float())
 
@@ -99,10 +99,12 @@ def _of_clips(
     """
     said = {each.feature for each in subject.model.limitations}
     clips = [_clip(source / name) for name in batch.ids]
-    if "length of the clips" in said and batch.feeds.get("input_values", np.empty(0)).ndim == 2:  # samples, no frames
-        samples = batch.feeds["input_values"].shape[-1]
+    samples = subject.model.preprocess.padded if "input_values" in batch.feeds else None
+    if samples is not None:
         clips = [np.pad(clip[:samples], (0, max(0, samples - len(clip)))) for clip in clips]
     own = _extracted(parts["sound"], clips)
+    if samples is not None:  # the extractor pads to a multiple of the samples of a code
+        own = {name: each[..., :samples] for name, each in own.items()}
     if "padding of the clips" in said:
         own = {name: each for name, each in own.items() if not name.endswith("mask")}
     inputs = dict(own) | {name: each for name, each in batch.feeds.items() if name == DECODER_IDS}

@@ -1281,6 +1281,21 @@ def test_texts_are_judged_by_the_tokens_of_the_config(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("parakeet_rnnt", "--task feature-extraction"),  # on arrays, as its feature extractor gives no tokens
+        ("aimv2", "attn_implementation in config.json"),  # which the class too is loaded with
+        ("audio-spectrogram-transformer", None),  # input_values is a spectrogram of one length, no waveform
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of empty mel filters of a narrow spectrogram
+def test_a_refusal_is_followed_as_a_user_does(name, option, tmp_path):
+    found = script("coverage").judged(name, tmp_path)
+    assert (found["outcome"], found.get("option")) == ("passes", option)
+    assert ("preprocessor" in found) == (option is None)  # others are judged on arrays
+
+
+@pytest.mark.parametrize(
     ("name", "own"),
     [
         ("MarianConfig", "MarianMTModel"),  # its decoder is listed before

@@ -132,14 +132,20 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             start += rows
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """Return the logits of texts, padded on the right: [rows, longest or the one length, vocabulary]."""
-        width = self.model.preprocess.padded or max(map(len, inputs))
-        ids = np.full((len(inputs), width), self.eot_token_id, dtype=np.int64)
+        """Return the logits of texts, those of their tokens first: [rows, longest or the one length, vocabulary].
+
+        Texts are padded on the right, but for a model that needs its padding on the left.
+        """
+        width, left = self.model.preprocess.padded or max(map(len, inputs)), self.model.preprocess.left_padding
+        ids = np.full((len(inputs), width), self.eot_token_id if left is None else left, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, tokens in enumerate(inputs):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        starts = [0 if left is None else width - len(tokens) for tokens in inputs]
+        for row, (tokens, start) in enumerate(zip(inputs, starts, strict=True)):
+            ids[row, start : start + len(tokens)], mask[row, start : start + len(tokens)] = tokens, 1
         logits: npt.NDArray[np.float32] = self._run(ids, mask, self._empty_cache(len(ids)))[self.model.answer]
-        return logits
+        if left is None:
+            return logits
+        return np.stack([np.roll(row, -start, 0) for row, start in zip(logits, starts, strict=True)])
 
     # ------------------------------------------------------------------------------------------------- generation
 

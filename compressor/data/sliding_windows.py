@@ -100,6 +100,7 @@ def window_batches(
     *,
     least: int = 0,
     most: int = TOKENS,
+    left: int | None = None,
 ) -> Iterator[WindowBatch]:
     """Yield all windows of the texts in order, in batches of at most `rows` windows and `most` tokens.
 
@@ -112,34 +113,39 @@ def window_batches(
         rows: maximum number of windows in a batch.
         least: number of tokens to which windows are padded at least.
         most: maximum number of tokens in a batch.
+        left: token id of a padding on the left; None for padding on the right, which no earlier token reads.
     """
     batch: list[tuple[int, Feeds, WindowSpan]] = []
     for owner, feeds in texts:
         for cut in window.cut(len(feeds["input_ids"])):
             longest = max([least, cut.end - cut.start, *(other.end - other.start for _, _, other in batch)])
             if batch and (len(batch) == rows or longest * (len(batch) + 1) > most):
-                yield _piece(batch, complete, least)
+                yield _piece(batch, complete, least, left)
                 batch = []
             batch.append((owner, feeds, cut))
     if batch:
-        yield _piece(batch, complete, least)
+        yield _piece(batch, complete, least, left)
 
 
 def _piece(
-    batch: Sequence[tuple[int, Feeds, WindowSpan]], complete: Callable[[Feeds], Feeds], least: int
+    batch: Sequence[tuple[int, Feeds, WindowSpan]], complete: Callable[[Feeds], Feeds], least: int, left: int | None
 ) -> WindowBatch:
     longest = max(least, *(cut.end - cut.start for _, _, cut in batch))
     feeds = {
-        name: np.stack([_padded(inputs[name][cut.start : cut.end], longest, name) for _, inputs, cut in batch])
+        name: np.stack([_padded(inputs[name][cut.start : cut.end], longest, name, left) for _, inputs, cut in batch])
         for name in batch[0][1]
     }
     scored = np.zeros((len(batch), longest), dtype=bool)
     for row, (_, _, cut) in enumerate(batch):
-        scored[row, cut.scored - cut.start : cut.end - cut.start] = True
+        first = cut.start if left is None else cut.end - longest
+        scored[row, cut.scored - first : cut.end - first] = True
     return WindowBatch(complete(feeds), scored, tuple(owner for owner, _, _ in batch))
 
 
-def _padded(values: Array, length: int, name: str) -> Array:
-    """Pad on the right: the attention mask with 0, other inputs with their last value, which is a valid token."""
-    padding = (0, length - len(values))
+def _padded(values: Array, length: int, name: str, left: int | None) -> Array:
+    """Pad the attention mask with 0, and other inputs on the right with their last value, which is a valid token."""
+    missing = length - len(values)
+    if left is not None:
+        return np.pad(values, (missing, 0), constant_values=left if name == "input_ids" else 0)
+    padding = (0, missing)
     return np.pad(values, padding) if name == "attention_mask" else np.pad(values, padding, mode="edge")

@@ -92,11 +92,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """The sliding window over long texts, what adds the derived inputs to a window, and its least length."""
+    """The sliding window over long texts, what adds the derived inputs to a window, and its padding.
+
+    Attributes:
+        window: the window.
+        complete: adds the derived inputs.
+        least: number of tokens to which windows are padded at least.
+        left: see `window_batches`.
+    """
 
     window: Window
     complete: Callable[[Feeds], Feeds]
     least: int = 0
+    left: int | None = None
+
+    @staticmethod
+    def of(window: Window, preprocess: Preprocess) -> Windows:
+        """Return the windows of a model."""
+        return Windows(window, preprocess.complete or dict, preprocess.padded or 0, preprocess.left_padding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +184,7 @@ class Split:
         texts = ((index, samples.whole(index)) for index in self.indices)
         windows = self.windows
         sizes = {"least": windows.least, "most": self.most_tokens}
-        for piece in window_batches(texts, windows.window, windows.complete, batch_size, **sizes):
+        for piece in window_batches(texts, windows.window, windows.complete, batch_size, left=windows.left, **sizes):
             yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
 
     def head(self, n: int) -> Split:
@@ -345,7 +358,7 @@ def load(
     window = window if samples.whole is not None else None
     if window is not None:
         samples = replace(samples, feeds=_first_windows(samples.feeds, window))
-    windows = None if window is None else Windows(window, preprocess.complete or dict, preprocess.padded or 0)
+    windows = None if window is None else Windows.of(window, preprocess)
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
     check_unknown(samples, [index for index in order if index not in faults], preprocess, spec)

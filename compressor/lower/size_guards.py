@@ -7,7 +7,7 @@ computes something else than the module where a guard is false, so guards are co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,14 @@ from runtimes.base.encoder_decoder import DECODER_IDS
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _BLOCK = re.compile(r" % (\d+)\)")
+_LEAST = re.compile(rf"{_SIZE.pattern} >=? \d+|\d+ <=? {_SIZE.pattern}")
+_ONE = re.compile(r"\) == 1$")
 _MULTIPLE = re.compile(rf"\({_SIZE.pattern}{_BLOCK.pattern} == 0")
 # Sizes at which a condition is evaluated: one that holds for all of them restricts nothing. torch.export takes batches
 # of at least two rows.
 BATCHES = (2, 3, 4, 5, 8, 16, 32, 64, 512)
+FEWEST = (1, 2, 3)  # tokens of short texts, at which a condition is evaluated
+ANY_LENGTH = ("text", "audio", "tensor")  # kinds of data whose shorter samples are tried
 LONGER = (0, 1, 2, 3, 5, 8, 13, 64, 301)  # added to the sizes of the other dynamic axes of the example
 REMEDY = "compute both sides with tensor operators (torch.where) in forward"
 
@@ -60,6 +64,16 @@ class SizeGuard:
         return _MULTIPLE.fullmatch(self.code) is not None
 
     @property
+    def counts_one(self) -> bool:
+        """Return whether it is that a number is 1, such as that of blocks of tokens; torch.export fixes that."""
+        return _ONE.search(self.code) is not None
+
+    @property
+    def is_least(self) -> bool:
+        """Return whether it is that one size is at least a number."""
+        return _LEAST.fullmatch(self.code) is not None
+
+    @property
     def sized(self) -> tuple[str, int]:
         """Return the input and the axis of the first size that it compares."""
         (position, axis), *_ = _SIZE.findall(self.code)
@@ -84,7 +98,7 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
 
     That two inputs have the same size restricts nothing, and neither does the number of tokens that the model takes,
     nor a condition that holds at all sizes of `BATCHES` and `LONGER`, and at a multiple of the block of tokens that it
-    names.
+    names. Where it is that a size is at least a number, it restricts shorter texts and clips (`fewer_counts`).
 
     Raises:
         SizeError: a condition restricts the batch, which is dynamic in every export.
@@ -101,7 +115,8 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
                 f"{model.name} branches on the batch size, and was traced only for {guard}, expected the same "
                 f"computation for every batch; {REMEDY}."
             )
-        if not all(guard.holds(_example(model, batch, more)) for batch in BATCHES for more in _further(model, guard)):
+        longer = all(guard.holds(_example(model, batch, more)) for batch in BATCHES for more in _further(model, guard))
+        if not longer or (guard.is_least and counts_tokens(model, guard, ANY_LENGTH) and fewer_counts(model, guard)):
             found.append(guard)
     return tuple(found)
 
@@ -122,6 +137,32 @@ def other_counts(model: Model, guard: SizeGuard) -> list[int]:
     most = model.preprocess.longest
     counts = sorted({tokens + more for more in _further(model, guard) if most is None or tokens + more <= most})
     return [count for count in counts if not guard.holds(with_tokens(model, guard, count))]
+
+
+def fewer_counts(model: Model, guard: SizeGuard) -> list[int]:
+    """Return numbers of tokens, samples or frames below that of the example at which a condition is false."""
+    name, axis = guard.sized
+    counts = shorter_counts(int(model.example[name].shape[axis]))
+    return [count for count in counts if not guard.holds(with_tokens(model, guard, count))]
+
+
+def shorter_counts(size: int) -> list[int]:
+    """Return some numbers of tokens, samples or frames below a size.
+
+    >>> shorter_counts(16)
+    [1, 2, 3, 4, 8, 15]
+    """
+    return sorted({count for count in (*FEWEST, size // 4, size // 2, size - 1) if 0 < count < size})
+
+
+def counts_tokens(model: Model, guard: SizeGuard, kinds: Sequence[str] = ("text",)) -> bool:
+    """Return whether a condition is on the number of tokens of a text, and no cache has another number of them.
+
+    With other `kinds` of data it is on their dynamic axes, such as that of the samples of sound.
+    """
+    name, axis = guard.sized
+    cached = bool(model.state) and DECODER_IDS not in model.inputs
+    return model.preprocess.kind in kinds and not cached and axis in model.dynamic_axes.get(name, {})
 
 
 def with_tokens(model: Model, guard: SizeGuard, tokens: int) -> dict[str, torch.Tensor]:
@@ -162,10 +203,21 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
     return feeds
 
 
-def check_sizes(conditions: tuple[SizeGuard | FixedTruth, ...], model: Model, data: Data) -> Iterator[Limitation]:
+def check_sizes(
+    conditions: tuple[SizeGuard | FixedTruth, ...],
+    model: Model,
+    data: Data,
+    option: Callable[[Model], str | None] = lambda _: None,
+) -> Iterator[Limitation]:
     """Compare the sizes of all samples with the conditions, and yield a limitation for each of them.
 
     Values of truth cannot be compared without a call for each sample; they are limitations alone.
+
+    Args:
+        conditions: the conditions under which the graph of the model holds.
+        model: the model.
+        data: the samples.
+        option: returns the option with which the model is exported otherwise, a clause; None without one.
 
     Raises:
         SizeError: a sample has a size for which the model was not traced.
@@ -181,7 +233,7 @@ def check_sizes(conditions: tuple[SizeGuard | FixedTruth, ...], model: Model, da
                 padded = f"rows padded to a multiple of {guard.block}" if guard.wants_multiples else "data of one side"
                 raise SizeError(
                     f"{model.name} branches on the size of its inputs, and was traced only for {guard}, but sample "
-                    f"{batch.ids[0]} of {data.source} has {shapes}; {REMEDY}, or give {padded}."
+                    f"{batch.ids[0]} of {data.source} has {shapes}; {option(model) or REMEDY}, or give {padded}."
                 )
     for guard in found:
         yield Limitation(

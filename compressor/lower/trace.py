@@ -12,7 +12,15 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.internals.transformers import MaskAsked, unpadded_masks
-from compressor.lower.size_guards import SizeGuard, other_counts, size_guards, with_tokens
+from compressor.lower.size_guards import (
+    SizeGuard,
+    counts_tokens,
+    fewer_counts,
+    other_counts,
+    shorter_counts,
+    size_guards,
+    with_tokens,
+)
 from compressor.lower.symbolic.sizes import symbolic_gathers, symbolic_lengths, symbolic_windows
 from compressor.lower.symbolic.truths import FixedTruth, constant_truths, truths_of
 from compressor.lower.symbolic.whole_numbers import holds_numbers, whole_numbers
@@ -36,7 +44,7 @@ from passes.graph.cached_functions import forget_results
 from passes.graph.graph import Graph
 from passes.rewrite.read_size import ReadSize
 from passes.torch_internals import is_higher_order, is_mutable, without_stack_traces
-from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
+from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
 if TYPE_CHECKING:
@@ -96,6 +104,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard | FixedTruth
 
     A graph with dynamic height and width is compared with the model at `Model.sizes`. A model whose attention has
     blocks of tokens pads what is no multiple of them; it is traced where it does so, and then computes multiples too.
+    One that has a single block of tokens in its example is traced with more.
 
     Returns:
         The graph, and the conditions on sizes and the values of truth under which it holds.
@@ -108,47 +117,74 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard | FixedTruth
     """
     graph, guards, truths = _traced(model)
     guards = _restricting(graph, model, guards)
-    blocks = [guard for guard in guards if guard.wants_multiples and _counts_tokens(model, guard)]
-    if not blocks:
-        return graph, (*guards, *truths)
-    name, axis = blocks[0].sized
-    longer = with_tokens(model, blocks[0], model.example[name].shape[axis] + 1)
+    usual: tuple[Graph, tuple[SizeGuard | FixedTruth, ...]] = graph, (*guards, *truths)
+    guard = next((each for each in guards if _more_tokens(model, each) is not None), None)
+    tokens = None if guard is None else _more_tokens(model, guard)
+    if guard is None or tokens is None:
+        return usual
     try:
-        padding, found, others = _traced(replace(model, example=longer))
+        padding, found, others = _traced(replace(model, example=with_tokens(model, guard, tokens)))
     except CompressorError:  # it takes only multiples
-        return graph, (*guards, *truths)
+        return usual
+    if guard.counts_one and not _holds_for_fewer(padding, model, guard):
+        return usual
     found = _restricting(padding, model, found)
-    return (padding, (*found, *others)) if len(found) < len(guards) else (graph, (*guards, *truths))
+    return (padding, (*found, *others)) if len(found) < len(guards) else usual
+
+
+def _more_tokens(model: Model, guard: SizeGuard) -> int | None:
+    """Return the number of tokens with which to trace again, for a condition on blocks of them; None without one.
+
+    torch.export takes one block for a constant; a graph of two or more often holds for one too.
+    """
+    if not (guard.wants_multiples or guard.counts_one) or not counts_tokens(model, guard):
+        return None
+    name, axis = guard.sized
+    tokens = int(model.example[name].shape[axis])
+    if guard.wants_multiples:
+        return tokens + 1
+    return next((count for count in other_counts(model, guard) if count > tokens), None)
+
+
+def _holds_for_fewer(graph: Graph, model: Model, guard: SizeGuard) -> bool:
+    """Return whether a graph of several blocks of tokens computes what its model does for those of the example."""
+    name, axis = guard.sized
+    tokens = int(model.example[name].shape[axis])
+    return all(_same(graph, model, with_tokens(model, guard, count)) for count in (*shorter_counts(tokens), tokens))
 
 
 def _restricting(graph: Graph, model: Model, guards: tuple[SizeGuard, ...]) -> tuple[SizeGuard, ...]:
     return tuple(guard for guard in guards if not _holds_elsewhere(graph, model, guard))
 
 
-def _counts_tokens(model: Model, guard: SizeGuard) -> bool:
-    """Return whether a condition is on the number of tokens of a text, and no cache has another number of them."""
-    name, axis = guard.sized
-    cached = bool(model.state) and DECODER_IDS not in model.inputs
-    return model.preprocess.kind == "text" and not cached and axis in model.dynamic_axes.get(name, {})
-
-
 def _holds_elsewhere(graph: Graph, model: Model, guard: SizeGuard) -> bool:
-    """Return whether a graph computes what its model does where a condition on blocks of tokens is false.
+    """Return whether a graph computes what its model does where a condition on tokens is false.
 
-    It is so for a graph of forward's padding to a multiple, which pads by nothing then.
+    It is so for a graph of forward's padding to a multiple, which pads by nothing then, and may be so where a condition
+    asks for a least size.
     """
-    if guard.block is None or guard.wants_multiples or not _counts_tokens(model, guard):
+    if guard.is_least:
+        counts = fewer_counts(model, guard)
+    elif guard.block is not None and not guard.wants_multiples and counts_tokens(model, guard):
+        counts = other_counts(model, guard)
+    else:
         return False
-    return all(_same(graph, model, with_tokens(model, guard, count)) for count in other_counts(model, guard))
+    return all(_same(graph, model, with_tokens(model, guard, count)) for count in counts)
 
 
 def _same(graph: Graph, model: Model, feeds: dict[str, torch.Tensor]) -> bool:
-    """Return whether a graph computes what its model does, within `TOLERANCE` of the largest value of each output."""
+    """Return whether a graph computes what its model does, within `TOLERANCE` of the largest value of each output.
+
+    There is nothing to compare where the model fails, as on fewer samples than a convolution reads.
+    """
     with torch.inference_mode():
-        expected = model.call(model.module, *(feeds[name] for name in model.inputs))
+        try:
+            expected = model.call(model.module, *(feeds[name] for name in model.inputs))
+        except Exception:  # modules raise errors of all kinds
+            return True
         try:
             found = run(graph, feeds)
-        except RuntimeError:  # of shapes that do not fit
+        except (RuntimeError, ArithmeticError):  # of shapes that do not fit, and of a division by the count of blocks
             return False
     return all(_error(value, wanted) <= TOLERANCE for value, wanted in zip(found, expected, strict=True))
 
@@ -271,20 +307,27 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 def _refusal(model: Model, error: Exception) -> TraceError:
     """Return the error for a model that torch.export refuses; it names ``--sequence-length`` if that helps."""
-    failure, one = _failure(model), _of_one_length(model)
-    if one is None or failure is not None:
+    failure = _failure(model)
+    option = None if failure is not None else one_length_option(model)
+    if option is None:
         return TraceError(_explain(model, error, failure))
+    reason = _reason(model, str(error)) or type(error).__name__
+    return OneLengthError(
+        f"{model.name} could not be traced by torch.export for any number of {_unit(model)} ({reason}); {option}."
+    )
+
+
+def one_length_option(model: Model) -> str | None:
+    """Return how to export a model of texts or of sound for one length, a clause; None if that cannot be traced."""
+    one = _of_one_length(model)
+    if one is None:
+        return None
     try:
         trace_with_guards(one)
     except CompressorError:
-        return TraceError(_explain(model, error, failure))
-    unit = _unit(model)
+        return None
     option = "--no-cache --sequence-length N" if model.task == "text-generation" else "--sequence-length N"
-    return OneLengthError(
-        f"{model.name} could not be traced by torch.export for any number of {unit} "
-        f"({_reason(model, str(error)) or type(error).__name__}); pass {option} to export it for N {unit} alone, "
-        f"{KINDS[model.preprocess.kind]}."
-    )
+    return f"pass {option} to export it for N {_unit(model)} alone, {KINDS[model.preprocess.kind]}"
 
 
 def _of_one_length(model: Model) -> Model | None:

@@ -25,7 +25,7 @@ from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.probabilities import with_logits
 from compressor.lower.self_parity import TracedGraphError, check_self_parity
 from compressor.lower.size_guards import check_sizes
-from compressor.lower.trace import OneLengthError, trace_with_guards
+from compressor.lower.trace import OneLengthError, one_length_option, trace_with_guards
 from compressor.models import Model
 from compressor.models.base import RECOMPUTES, UndetectedCacheError, first_line
 from compressor.models.text.probe import logits_per_token
@@ -180,7 +180,8 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             steps.warn(str(limitation))
     with steps.step("trace, find the sites"):
         graph, guards = trace_with_guards(model)
-        data = dataclasses.replace(data, limitations=(*data.limitations, *check_sizes(guards, model, data)))
+        sizes = check_sizes(guards, model, data, one_length_option)
+        data = dataclasses.replace(data, limitations=(*data.limitations, *sizes))
         _check_pooled(graph, model)
         _check_trained(graph, model)
         sites = find_sites(graph)

@@ -13,6 +13,7 @@ import torch
 
 from compressor.models.base import OtherInputsError, first_line
 
+NO_FEATURES = "it returns no tensor of features"  # begins the reason of a call that succeeds
 # The main inputs of models of sound: a waveform, or a spectrogram.
 SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
@@ -78,6 +79,12 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
             fixed = example
     if fixed is not None:
         return fixed, 0
+    if (computed := next((reason for reason in reasons if reason.startswith(NO_FEATURES)), None)) is not None:
+        raise OtherInputsError(
+            f"{location} is a {type(module).__name__}, whose outputs are no features, as {computed}; pass it as a "
+            "module of your own, package.module:factory, whose forward returns tensors of floats, such as those that "
+            "its codes are chosen by."
+        )
     raise OtherInputsError(
         f"{location} is a {type(module).__name__} without a preprocessor, and it fails on every shape of {main} that "
         f"its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json, or pass it as "

@@ -126,6 +126,7 @@ class Preprocess:
         image_token: token id of the placeholders of an image in a text; None for models of one of the two.
         image_tokens: number of placeholders of the image of a row, given its inputs without the axis of rows.
         grid: how the vision encoder takes grids of patches; None for images of one size.
+        left_padding: token id with which texts are padded on the left; None for those that are padded on the right.
         bidirectional: each token of a text reads all others, so that it predicts none of them.
     """
 
@@ -175,6 +176,7 @@ class Preprocess:
     image_token: int | None = None
     image_tokens: Callable[[Mapping[str, npt.NDArray[Any]]], int] | None = None
     grid: GridInput | None = None
+    left_padding: int | None = None
     bidirectional: bool = False
 
     def limited(self, length: int) -> Preprocess:

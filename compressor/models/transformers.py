@@ -234,10 +234,9 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
                 f"{location} is a {architecture}, a language model that reads sound beside its text, which is not "
                 f"supported; {advice}, and pass that folder."
             )
-        raise ModelError(
-            f"{location} is a {architecture}, a head that is not supported; expected one of "
-            f"{', '.join(f'...{ending}' for ending in HEADS)}, or {_without_head(config, architecture, features)}."
-        )
+        advice = _without_head(config, architecture, features)
+        heads = f"expected one of {', '.join(f'...{ending}' for ending in HEADS)}, or " if "--task" in advice else ""
+        raise ModelError(f"{location} is a {architecture}, a head that is not supported; {heads}{advice}.")
     return features
 
 
@@ -258,7 +257,8 @@ def _check_forward(architecture: str, config: Any, location: str) -> None:
         if part is None
         else f"save one of them, such as {part}.from_pretrained({location!r}).save_pretrained(FOLDER), and pass FOLDER"
     )
-    raise ModelError(f"{location} is a {architecture}, which joins models and has no forward of its own; {advice}.")
+    what = "joins models and has no forward of its own" if parts else "has methods such as encode and no forward"
+    raise ModelError(f"{location} is a {architecture}, which {what}; {advice}.")
 
 
 def _without_head(config: Any, architecture: str, features: str) -> str:

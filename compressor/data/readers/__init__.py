@@ -9,7 +9,7 @@ from compressor.choices import ZERO_SHOT
 from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.audio.decode import WAV
-from compressor.data.readers.base import Samples
+from compressor.data.readers.base import Samples, other_kind
 from compressor.data.readers.dataset.hub import looks_like, read_hub
 from compressor.data.readers.dataset.stored import PARQUET, is_stored, read_stored
 from compressor.data.readers.image_text.captions import read_captions, read_written
@@ -82,11 +82,15 @@ def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str, seed:
 
 
 def _check_no_sound(path: Path, spec: str, preprocess: Preprocess) -> None:
-    if (clip := next(path.rglob(f"*{WAV}"), None)) is not None:
-        raise DataError(
-            f"{spec} holds sound ({clip.name}), but this model has the inputs {', '.join(preprocess.inputs)} and no "
-            "reader of sound; expected its inputs in a .npy or .npz file, made by its feature extractor"
-        )
+    clip = next(path.rglob(f"*{WAV}"), None)
+    if clip is None:
+        return
+    if preprocess.kind == "tensor":
+        raise other_kind(spec, f"sound ({clip.name})", preprocess.kind, preprocess.inputs)
+    raise DataError(
+        f"{spec} holds sound ({clip.name}), but this model has the inputs {', '.join(preprocess.inputs)} and no "
+        "reader of sound; expected its inputs in a .npy or .npz file, made by its feature extractor"
+    )
 
 
 def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:

@@ -19,6 +19,19 @@ import torch
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
+class Whole(int):
+    """A whole number that was a tensor, of which code also asks the device."""
+
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Whole:
+        """Return the number of a tensor without axes."""
+        number = Whole(tensor.item())
+        number.device = tensor.device
+        return number
+
+
 class Rounded:
     """A number that was rounded, with the methods with which code converts a rounded tensor to whole numbers."""
 
@@ -48,12 +61,12 @@ def whole_numbers(module: torch.nn.Module) -> Iterator[None]:
             for name, value in list(part.named_buffers(recurse=False)):
                 if _is_number(value):
                     delattr(part, name)
-                    setattr(part, name, value.item())
+                    setattr(part, name, Whole.of(value))
                     stack.callback(_restore, part, name, value, persistent=name in saved)
             for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor) and _is_number(value):
                     stack.callback(setattr, part, name, value)
-                    vars(part)[name] = value.item()
+                    vars(part)[name] = Whole.of(value)
         for name, rounding in (("ceil", math.ceil), ("floor", math.floor)):
             stack.enter_context(mock.patch.object(torch, name, _rounding(rounding, getattr(torch, name))))
         yield

@@ -13,7 +13,7 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.audio.features import MASK, Array, Features, noise
-from compressor.models.base import ModelError
+from compressor.models.base import ModelError, OtherInputsError
 from compressor.models.config_shapes import SOUND, Call, find_shape, main_input, refusal
 from compressor.models.preprocess import Kind, Preprocess
 
@@ -155,7 +155,7 @@ def find_inputs(
         extractor: the feature extractor, or None.
 
     Raises:
-        ModelError: the model fails on every input that was tried.
+        OtherInputsError: the model fails on every input that was tried; a transducer (Parakeet) also takes a token.
     """
     main = sound_input(module)
     if features is None:
@@ -172,7 +172,7 @@ def find_inputs(
             return SoundInputs(names, {name: example[name] for name in names}, axes, features.only(names), limits)
         reasons.append(reason)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in example.items())
-    raise ModelError(
+    raise OtherInputsError(
         f"{location} is a {type(module).__name__}, which fails on what its feature extractor returns for two clips, "
         f"{shapes} ({reasons[0]}); check its config and preprocessor_config.json."
     )

@@ -76,7 +76,8 @@ def parts_of(module: Any, source: Source, tokenizer: Any, location: str, *, cach
     except NoCacheError as error:
         raise ModelError(
             f"{location} is a {type(module).__name__}, whose encoder and decoder cannot be told apart by their caches: "
-            f"{error}; expected an encoder-decoder such as T5, BART, Whisper or TrOCR."
+            f"{error}; expected an encoder-decoder such as T5, BART, Whisper or TrOCR, or pass it as a module of your "
+            "own, package.module:factory, that computes without caches."
         ) from error
     targets = {DECODER_IDS: target_tokens(module)}
     return Parts(

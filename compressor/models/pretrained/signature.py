@@ -13,6 +13,7 @@ import torch
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.models.base import OtherInputsError, first_line
+from compressor.models.config_shapes import NO_FEATURES
 from compressor.models.text.probe import adds_noise, call_without_cache
 
 OUTPUTS = {
@@ -138,7 +139,7 @@ def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
     for name, value in (*entries, *firsts):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
             return name, value
-    raise TypeError(f"it returns no tensor of features, only {', '.join(returned)}")
+    raise TypeError(f"{NO_FEATURES}, only {', '.join(returned)}")
 
 
 def _features(

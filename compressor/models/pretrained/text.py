@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,15 @@ from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.end_tokens import at_end_token, with_end_token
 from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
-from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
+from compressor.models.text.padding import (
+    LEFT,
+    Padding,
+    allow_batches,
+    causal_padding,
+    encode,
+    find_causal_padding,
+    find_padding,
+)
 from compressor.models.text.probe import (
     TOKENS,
     accepts,
@@ -42,6 +51,7 @@ from compressor.models.text.probe import (
 )
 from compressor.workspace.folder_errors import name_of
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
+from passes.execute.offloaded_weights import is_offloaded
 
 EXAMPLE_TOKENS = 16
 USUAL = 2048  # maximum number of tokens of a text, if the maximum length of the model is unknown
@@ -200,11 +210,30 @@ def _shortest_text(module: Any, task: str, location: str) -> int:
         else:
             return tokens
     assert first is not None
+    if (objects := _objects(module)) is not None:
+        raise OtherInputsError(
+            f"{location} is a {type(module).__name__}, whose forward takes {objects}, and a file takes tensors alone; "
+            "pass the part that you need, such as its encoder of images, as a module of your own, "
+            "package.module:factory, whose forward takes tensors."
+        ) from first
     raise OtherInputsError(
         f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
         f"text of token ids alone ({first_line(first)}); pass it as a module of your own, package.module:factory, "
         "whose forward takes tensors and returns the output that you need."
     ) from first
+
+
+def _objects(module: Any) -> str | None:
+    """Return the arguments that a module without token ids needs and that are no tensors, with their classes.
+
+    Trackers of objects in videos take a session, which holds the frames, the prompts and what came of earlier frames.
+    Return None for a module that takes token ids, or needs none of them.
+    """
+    taken = inspect.signature(module.forward).parameters
+    named = [each for each in taken.values() if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty]
+    kinds = {each.name: getattr(each.annotation, "__name__", str(each.annotation)) for each in named}
+    found = [f"{name} of the class {kind}" for name, kind in kinds.items() if "Tensor" not in kind and kind != "_empty"]
+    return " and ".join(found) if found and "input_ids" not in taken else None
 
 
 def text_inputs(module: Any, tokenizer: Any, location: str, tokens: int = TOKENS) -> tuple[str, ...]:
@@ -278,7 +307,12 @@ def _padding(
         limits = allow_batches(answer, config, inputs, shortest)
         return None, [*limits, *(_least(shortest, "give rows of no less") if lengths.fixed is None else [])]
     if task == "text-generation":
-        return replace(causal_padding(tokenizer, config), least=lengths.fixed or 0), []
+        if any(map(is_offloaded, module.parameters())):  # the check needs values
+            return replace(causal_padding(tokenizer, config), least=lengths.fixed or 0), []
+        padding, limitations = find_causal_padding(answer, tokenizer, config, inputs, lengths.longest, lengths.fixed)
+        if padding.side == LEFT:
+            tokenizer.padding_side = LEFT
+        return padding, limitations
     least = 0 if shortest == TOKENS else shortest
     padding, limitations = find_padding(answer, tokenizer, config, inputs, lengths.longest, least, lengths.fixed)
     if lengths.fixed is None:
@@ -324,6 +358,7 @@ def text_preprocess(
         lengths=partial(_lengths, processor),
         longest=longest,
         limit=limit,
+        left_padding=padding.token if padding.side == LEFT else None,
     )
 
 

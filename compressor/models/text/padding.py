@@ -53,6 +53,10 @@ class Padding:
         fill = {"input_ids": self.token, "token_type_ids": type_token}
         return {name: self._padded(values, fill.get(name, 0)) for name, values in rows.items()}
 
+    def alone(self, rows: Rows, type_token: int = 0) -> dict[str, npt.NDArray[np.int64]]:
+        """Return the first of some rows as it is, [1, tokens] by input name."""
+        return replace(self, least=0).pad({name: values[:1] for name, values in rows.items()}, type_token)
+
     def _padded(self, rows: Sequence[Sequence[int]], fill: int) -> npt.NDArray[np.int64]:
         padded = np.full((len(rows), max(self.least, *map(len, rows))), fill, dtype=np.int64)
         for target, row in zip(padded, rows, strict=True):
@@ -64,6 +68,33 @@ class Padding:
 def causal_padding(tokenizer: Any, config: Any) -> Padding:
     """Return the padding for a language model: on the right, where no earlier token reads it."""
     return Padding(next(_tokens(tokenizer, config), 0), RIGHT)
+
+
+def find_causal_padding(
+    answer: Answer,
+    tokenizer: Any,
+    config: Any,
+    inputs: Sequence[str],
+    longest: int | None,
+    fixed: int | None = None,
+) -> tuple[Padding, list[Limitation]]:
+    """Return the padding for a language model: on the right if it leaves the outputs of a row unchanged.
+
+    The tokens of CPM-Ant read later ones too, and it finds its padding on the left. Arguments are those of
+    `find_padding`.
+    """
+    usual = replace(causal_padding(tokenizer, config), least=fixed or 0)
+    rows = _example_rows(tokenizer, inputs, longest)
+    if rows is None:
+        return usual, []
+    try:
+        alone = answer(usual.alone(rows, tokenizer.pad_token_type_id))
+        padded = answer(usual.pad(rows, tokenizer.pad_token_type_id))
+    except Exception as error:  # modules raise errors of all kinds
+        return usual, [Limitation("padding", f"not checked, as the model fails on a short text ({first_line(error)})")]
+    if _is_same(alone, padded, rows, RIGHT):
+        return usual, []
+    return find_padding(answer, tokenizer, config, inputs, longest, fixed=fixed)
 
 
 def find_padding(

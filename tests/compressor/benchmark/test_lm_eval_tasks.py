@@ -102,6 +102,22 @@ def test_model_without_tokenizer_or_weights_is_refused(tmp_path):
     assert evaluate_tasks({}, model, TaskOptions(()), against="", length=None, steps=Steps()) is None
 
 
+def test_texts_are_padded_on_the_side_that_a_model_needs():
+    lm_eval_model = pytest.importorskip("compressor.benchmark.lm_eval_model", reason="the extra lm-eval is missing")
+    seen = []
+
+    def run(ids, mask, _):
+        seen.append((ids.tolist(), mask.tolist()))
+        return {"logits": ids[..., None].astype(np.float32)}
+
+    for left, rows in ((None, [[5, 6, 7], [8, 2, 2]]), (9, [[5, 6, 7], [9, 9, 8]])):
+        model = SimpleNamespace(preprocess=SimpleNamespace(padded=None, left_padding=left), answer="logits")
+        engine = SimpleNamespace(model=model, eot_token_id=2, _run=run, _empty_cache=lambda rows: {})
+        logits = lm_eval_model.EngineLM._logits(engine, [[5, 6, 7], [8]])
+        assert seen.pop()[0] == rows
+        assert [row[:size, 0].tolist() for row, size in zip(logits, (3, 1), strict=True)] == [[5, 6, 7], [8]]
+
+
 # ----------------------------------------------------------------------------------------------- with the harness
 
 TASKS = {

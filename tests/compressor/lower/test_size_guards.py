@@ -120,6 +120,66 @@ def test_blocks_of_tokens_hold_for_every_text(tokens: int) -> None:
         torch.testing.assert_close(run(graph, {"input_ids": ids})[0], model.module(ids))
 
 
+class ShortTexts(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) if x.shape[1] < 7 else x
+
+
+class FewTokens(Tokens):
+    """Branches where both sides compute the same."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0 if x.shape[1] < 7 else x
+
+
+def test_the_other_side_may_be_that_of_short_texts() -> None:
+    """It was looked for among longer texts alone, so a file gave short ones the outputs of the other side."""
+    with pytest.raises(SizeError, match=r"traced only for axis 1 of input_ids >= 7, but .* has input_ids \[1, 5\]"):
+        checked(ShortTexts(), 5)
+    (limitation,) = checked(ShortTexts(), 8)
+    assert "only for axis 1 of input_ids >= 7" in str(limitation)
+    assert checked(FewTokens(), 5) == []
+
+
+class Pools(Tokens):
+    """Adds the mean of the means of blocks of 16, of which the example fills one: a size that torch.export fixes."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = (x.shape[1] + 15) // 16
+        places = torch.arange(blocks * 16).clamp(max=x.shape[1] - 1).view(blocks, 16)
+        return x + x[:, places].mean(2).mean(1, keepdim=True)
+
+
+def test_one_block_of_tokens_in_the_example_holds_for_more() -> None:
+    model = loaded(Pools())
+    graph, guards = trace_with_guards(model)
+    assert not guards
+    for count in (1, 7, 16, 17, 50):
+        ids = torch.from_numpy(RNG.integers(0, 20, (3, count)))
+        torch.testing.assert_close(run(graph, {"input_ids": ids})[0], model.module(ids))
+
+
+class Chunks(Tokens):
+    """A loop over blocks of 16, of which the number is fixed by a trace."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 16))
+        state, blocks = torch.zeros_like(x[:, :1]), []
+        for number in range(padded.shape[1] // 16):
+            block = padded[:, 16 * number : 16 * number + 16]
+            state = state + block.mean(1, keepdim=True)
+            blocks.append(block + state)
+        return torch.cat(blocks, 1)[:, : x.shape[1]]
+
+
+def test_data_of_another_length_is_refused_by_the_option_that_helps() -> None:
+    model = loaded(Chunks())
+    split = Tensors({"input_ids": RNG.integers(1, 20, (10, 18))})
+    data: Any = SimpleNamespace(parts=(split,), source="ids.npy")
+    with pytest.raises(SizeError, match=r"has input_ids \[1, 18\]; pass --an-option, or give data of one side"):
+        list(check_sizes(trace_with_guards(model)[1], model, data, lambda _: "pass --an-option"))
+
+
 def test_the_limitation_is_that_of_a_command() -> None:
     example = {"input_ids": torch.ones(2, 12, dtype=torch.long)}
     found = compressor.inspect(LongTexts(), example_inputs=example, data="random", task="text-generation", cache=False)

@@ -23,6 +23,7 @@ class Padded(torch.nn.Module):
 
     def forward(self, clips):
         length = clips.shape[-1]
+        assert self.stride.device == clips.device  # as a number too
         whole = torch.ceil(length / self.stride).to(torch.int64) * self.stride
         return torch.nn.functional.pad(clips, (self.offset, whole - length))
 

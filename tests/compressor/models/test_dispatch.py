@@ -431,7 +431,7 @@ def test_a_refusal_of_a_head_names_task_only_if_it_helps(
 def test_a_refusal_of_pairs_of_images_names_no_task(tmp_path: Path) -> None:
     sizes = {"descriptor_dim": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     folder = saved(tmp_path / "m", "LightGlueForKeypointMatching", "LightGlueConfig", sizes)
-    with pytest.raises(ModelError, match=r"a head that is not supported; .*pass it as a module of your") as refusal:
+    with pytest.raises(ModelError, match=r"a head that is not supported; pass it as a module of your") as refusal:
         load(folder)
     assert "--task" not in str(refusal.value)
 

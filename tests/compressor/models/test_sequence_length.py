@@ -12,13 +12,16 @@ from compressor import models
 from compressor.api import export
 from compressor.data.sliding_windows import Window, window_batches
 from compressor.errors import CompressorError, SettingsError
+from compressor.lower import traced_model
 from compressor.lower.fold_graph import fold_graph
+from compressor.lower.size_guards import SizeError, SizeGuard
 from compressor.lower.trace import OneLengthError, trace_with_guards
 from compressor.lower.write_onnx import lower
 from compressor.models.base import ModelError, NoSequenceLengthError
 from compressor.report.report import REPORT
 from compressor.settings import Settings
 from compressor.workspace.json_files import OBJECT, read_json
+from compressor.workspace.progress import Steps
 from tests.sound_models import tone, wav2vec2
 from tests.text_models import SIZES, save_letters, save_model
 
@@ -63,6 +66,20 @@ def shapes(session):
 def test_without_a_length_the_refusal_names_the_option(funnel):
     with pytest.raises(OneLengthError, match=r"any number of tokens .*; pass --sequence-length N to export it for N"):
         trace_with_guards(models.load(funnel))
+
+
+def test_a_refusal_of_data_of_other_sizes_names_the_option(tmp_path, monkeypatch):
+    folder = save_letters(save_model(tmp_path / "m", "BertForMaskedLM", "BertConfig", **SIZES), **PADS)
+    (tmp_path / "texts.txt").write_text("a b c\n" * 8 + "a b c d e f g h\n" * 8)
+
+    def traced(model):
+        graph, _ = trace_with_guards(model)
+        return graph, (SizeGuard("L['tensors'][0].size()[1] <= 4", model.inputs),)
+
+    monkeypatch.setattr(traced_model, "trace_with_guards", traced)
+    settings = Settings(model=str(folder), data=str(tmp_path / "texts.txt"), drop="none", tokens="none")
+    with pytest.raises(SizeError, match=r"; pass --sequence-length N to export it for N tokens alone, to which texts"):
+        traced_model.load(settings, Steps(None))
 
 
 def test_a_refusal_names_no_option_that_does_not_help(tmp_path):
@@ -152,6 +169,14 @@ def test_windows_are_padded_to_the_length():
     assert batch.feeds["input_ids"].tolist() == [[0, 1, 2, 3], [2, 3, 4, 4]]
     assert batch.feeds["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.scored.tolist() == [[False, True, True, True], [False, False, True, False]]
+
+
+def test_windows_of_a_model_that_is_padded_on_the_left():
+    text = {"input_ids": np.arange(1, 6), "attention_mask": np.ones(5, np.int64)}
+    (batch,) = window_batches([(0, text)], Window(4, 2), dict, 8, least=5, left=9)
+    assert batch.feeds["input_ids"].tolist() == [[9, 1, 2, 3, 4], [9, 9, 3, 4, 5]]
+    assert batch.feeds["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert batch.scored.tolist() == [[False, False, True, True, True], [False, False, False, False, True]]
 
 
 # ------------------------------------------------------------------------------------------------------------- sound

@@ -113,7 +113,8 @@ def test_a_model_whose_other_inputs_are_unknown_is_refused_by_what_it_lacks(tmp_
     tower = {"model_type": "vit"} | SMALL | {"image_size": 32, "patch_size": 16}
     sam = {"prompt_encoder_config": {"hidden_size": 16}, "mask_decoder_config": {"hidden_size": 16}}
     fields = sam | {"vision_config": {"fpn_hidden_size": 16, "backbone_config": tower}}
-    with pytest.raises(ModelError, match="does not give last_hidden_state for any text of token ids alone"):
+    session = r"inference_session of the class Sam2VideoInferenceSession, and a file takes tensors alone; pass the part"
+    with pytest.raises(ModelError, match=f"is a Sam2VideoModel, whose forward takes {session} that you need"):
         models.load(save_model(tmp_path, "Sam2VideoModel", "Sam2VideoConfig", **fields))
 
 
@@ -344,6 +345,9 @@ def test_a_transducer_takes_one_token_beside_the_sound(tmp_path):
         expected = model.module(**{name: torch.from_numpy(value) for name, value in feeds.items()}).logits.numpy()
     (found,) = session.run(["logits"], feeds)
     assert np.abs(found - expected).max() <= CLOSE * np.abs(expected).max()
+    # Its feature extractor, which gives no tokens, does not hide that one is needed.
+    transformers.ParakeetFeatureExtractor(feature_size=16).save_pretrained(folder)
+    assert models.load(folder, task="feature-extraction").inputs == model.inputs
 
 
 def test_a_matcher_takes_pairs_of_images_and_gives_the_first_of_its_maps(tmp_path):

@@ -12,6 +12,7 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import ModelError
 from tests.sound_models import RATE, spectrogram_transformer, tone, tones, wav2vec2
+from tests.text_models import save_model
 
 CLOSE = 1e-4  # float32 kernels of torch and ONNX Runtime
 
@@ -116,6 +117,15 @@ def test_an_extractor_that_does_not_fit_is_refused(tmp_path):
     transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="fails on what its feature extractor returns"):
         models.load(tmp_path)
+
+
+def test_a_codec_that_returns_codes_alone_is_refused_by_its_outputs(tmp_path):
+    """It was said to fail on every shape, and to lack a preprocessor."""
+    sizes = {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 32, "num_lstm_layers": 1}
+    folder = save_model(tmp_path, "WavTokenizerEncoderModel", "WavTokenizerEncoderConfig", **sizes)
+    with pytest.raises(ModelError, match=r"outputs are no features, as it returns no .* only audio_codes") as refused:
+        models.load(folder)
+    assert "preprocessor_config" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

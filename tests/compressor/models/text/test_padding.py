@@ -146,6 +146,25 @@ def test_a_language_model_without_padding_token_is_padded_on_the_right(tmp_path)
     assert "padding token" in [each.feature for each in model.limitations]
 
 
+def test_a_language_model_that_reads_later_tokens_is_padded_where_it_finds_its_padding(tmp_path):
+    """CPM-Ant reads the whole text in front of its prompt, and takes the last tokens that are not 0 for the text."""
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 32, "num_hidden_layers": 2}
+    fields |= {"vocab_size": 40, "prompt_types": 4, "prompt_length": 4, "position_bias_num_buckets": 32}
+    tokens = {"unk_token": "</s>", "pad_token": "<unk>"}  # 0 is the padding
+    folder = save_letters(save_model(tmp_path, "CpmAntForCausalLM", "CpmAntConfig", **fields), **tokens)
+    model = models.load(folder, cache=False, sequence_length=12)
+    feeds = model.preprocess.text(list(TEXTS), None)
+    with torch.inference_mode():
+        (logits,) = model.call(model.module, *(torch.from_numpy(feeds[key]) for key in model.inputs))
+    for actual, mask, expected in zip(
+        logits, feeds["attention_mask"], alone(folder, "CpmAntForCausalLM", model), strict=True
+    ):
+        assert (actual[torch.from_numpy(mask).bool()] - expected).abs().max() <= SAME * expected.abs().max()
+    assert feeds["input_ids"].shape[1] == 12
+    assert (model.preprocess.left_padding, model.tokenizer.padding_side) == (0, "left")
+    assert "padding side" in [each.feature for each in model.limitations]
+
+
 def test_a_word_without_a_token_is_an_error(tmp_path):
     """tokenizers raise a bare Exception."""
     folder = save_letters(save_model(tmp_path, "BertModel", "BertConfig", **SIZES), pad_token="<pad>")

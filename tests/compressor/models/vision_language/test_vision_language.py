@@ -212,6 +212,10 @@ def test_a_class_that_joins_models_is_refused_by_the_name_of_one(tmp_path):
     transformers.BarkConfig(architectures=["BarkModel"]).save_pretrained(tmp_path / "bark")
     with pytest.raises(ModelError, match="has no forward of its own; pass a part of it as a module of your own"):
         models.load(str(tmp_path / "bark"))
+    (tmp_path / "codes").mkdir()  # which joins none
+    transformers.GlmImageVQVAEConfig(architectures=["GlmImageVQVAE"]).save_pretrained(tmp_path / "codes")
+    with pytest.raises(ModelError, match="has methods such as encode and no forward; pass a part of it as a"):
+        models.load(str(tmp_path / "codes"))
 
 
 def test_a_tower_of_timm_tells_the_size_of_its_images():

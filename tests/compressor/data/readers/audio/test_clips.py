@@ -26,8 +26,10 @@ def reading(folder, task="audio-classification", preprocess=None):
 
 def test_a_model_without_a_reader_of_sound_says_so(tmp_path):
     spectrogram = {"input_features": np.zeros((2, 80, 100), np.float32)}
-    with pytest.raises(DataError, match=r"holds sound \(.*\.wav\), but this model has the inputs input_features"):
+    with pytest.raises(DataError, match=r"holds sound \(.*\.wav\), .* pass a \.npz with them, .*input_features="):
         reading(tones(tmp_path, 2), preprocess=Preprocess(tuple(spectrogram), "tensor", spectrogram))
+    with pytest.raises(DataError, match=r"holds sound \(.*\.wav\), but this model has the inputs input_features"):
+        reading(tones(tmp_path, 2), preprocess=Preprocess(tuple(spectrogram), "image", spectrogram))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32"])
