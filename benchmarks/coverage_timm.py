@@ -57,7 +57,7 @@ def _exported(name: str, folder: Path) -> dict[str, Any]:
     import torch
 
     from compressor.lower.fold_graph import fold_graph
-    from compressor.lower.traced_model import load
+    from compressor.lower.traced_model import load, without_sites
     from compressor.lower.write_onnx import lower
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
@@ -69,6 +69,8 @@ def _exported(name: str, folder: Path) -> dict[str, Any]:
     settings = Settings(model=name, data="random", samples=12, drop="none", tokens="none", random_weights=True)
     subject = load(settings, Steps(None))
     found = {"sites": len(subject.sites), "kinds": dict(Counter(site.kind for site in subject.sites))}
+    if not subject.sites:
+        return found | {"outcome": "refused", "detail": without_sites(subject.graph, subject.model, "pass --drop none")}
     (example,) = subject.model.example.values()
     images = [torch.randn(rows, *example.shape[1:], generator=torch.Generator().manual_seed(rows)) for rows in BATCHES]
     with torch.inference_mode():

@@ -20,6 +20,8 @@ NEEDS = {
     ("test_vision_language.py", "[idefics3]"): ("transformers", "5.24", "ONNX Runtime refuses the file of Idefics3"),
     ("passes/image_tokens/test_image_tokens.py", "test_the_onnx_file_generates_the_same[attention]"): CHOSEN,
     ("pipeline/test_image_tokens.py", ""): CHOSEN,
+    ("test_image_token_choice.py", "test_an_export_is_that_of"): CHOSEN,
+    ("test_varying_images.py", "[gemma4"): ("transformers", "5.24", "Gemma 4 takes no embeddings that are not its own"),
     ("test_int8_search.py", "test_fp8"): ("onnxruntime", "1.32", "ONNX Runtime fuses an fp8 product into one of int8"),
 }
 
