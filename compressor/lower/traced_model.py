@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from compressor import models
-from compressor.choices import AUTO, GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
+from compressor.choices import AUTO, GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT, ImageTokens
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, EMPTY_CLASSES, ONE_CLASS, Samples
@@ -190,7 +190,8 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         check_drop(settings.drop, sites)
         data = dataclasses.replace(data, limitations=(*data.limitations, *_outside_of_sites(graph, sites)))
         if depths:  # asked first: a search takes long
-            apply(DropImageTokens(tuple((depth, 0.5) for depth in depths)), graph.fork())
+            asked = settings.image_stages or ImageTokens("attention", tuple((depth, 0.0) for depth in depths))
+            _drop_image_tokens(asked, graph, model, settings)
             model = with_state(model, depths)
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
@@ -313,18 +314,19 @@ def without_image_tokens(graph: Graph, model: Model, settings: Settings) -> Grap
         PassError: the language model does not allow it.
     """
     stages = settings.image_stages
-    if stages is None:
-        return graph
-    fork = graph.fork()
-    method = cast("Method", stages.method)
-    apply(DropImageTokens(stages.stages, method, settings.seed, model.preprocess.image_token), fork)
+    return graph if stages is None else _drop_image_tokens(stages, graph, model, settings)
+
+
+def _drop_image_tokens(asked: ImageTokens, graph: Graph, model: Model, settings: Settings) -> Graph:
+    fork, method = graph.fork(), cast("Method", asked.method)
+    apply(DropImageTokens(asked.stages, method, settings.seed, model.preprocess.image_token), fork)
     return fork
 
 
 def quarters(model: Model) -> tuple[int, ...]:
     """Return the blocks at a quarter, a half and three quarters of a language model with a KV cache, none twice."""
-    blocks = 1 + max(int(name.split(".")[1]) for name in model.state if name.endswith(".key"))
-    return tuple(sorted({min(max(quarter * blocks // 4, 1), blocks - 1) for quarter in (1, 2, 3)}))
+    blocks = 1 + max((int(name.split(".")[1]) for name in model.state if name.endswith(".key")), default=0)
+    return tuple(sorted({max(min(quarter * blocks // 4, blocks - 1), 1) for quarter in (1, 2, 3)}))
 
 
 def _depths(settings: Settings, model: Model) -> tuple[int, ...]:

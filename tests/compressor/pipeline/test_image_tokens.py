@@ -1,6 +1,7 @@
 """Image tokens dropped from prompts by `export --image-tokens`: files, generation, report, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -120,6 +121,18 @@ def test_a_block_that_the_model_lacks_is_refused_before_the_search(model, tmp_pa
     with pytest.raises(PassError, match="depth 7, but the attentions are in the blocks 0 to 1"):
         export(str(model), **OPTIONS, image_tokens="50%@7", output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_attention_that_is_not_fused_ranks_by_other_methods_alone(model, tmp_path):
+    """As the refusal says, before anything is measured; `auto` ranks by attention."""
+    config = json.loads((model / "config.json").read_text()) | {"attn_implementation": "eager"}
+    eager = shutil.copytree(model, tmp_path / "eager")
+    (eager / "config.json").write_text(json.dumps(config))
+    report = export(str(eager), **OPTIONS, image_tokens="norm:50%@1", output=str(tmp_path / "norm")).to_dict()
+    assert report["image_tokens"]["method"] == "norm"
+    for refused in ("50%@1", "auto"):
+        with pytest.raises(PassError, match="choose the method norm or random"):
+            export(str(eager), **OPTIONS, image_tokens=refused, output=str(tmp_path / "out"))
 
 
 def test_models_without_images_and_texts_are_refused(tmp_path):
