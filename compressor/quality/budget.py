@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor.choices import ACCURACY, AGREEMENT
 from compressor.errors import CompressorError
-from compressor.quality.evaluate import loss, loss_figure, metric_value
+from compressor.quality.evaluate import figure, loss, loss_figure, metric_value
 from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns, Figure
 from compressor.quality.metrics import METRICS
@@ -116,6 +116,9 @@ class Budget:
             return 0.0
         if self.kind == ACCURACY:
             found = loss_figure(self.metric, reference, columns)
+            return (found.high - found.low) / NORMAL
+        if self.judged in METRICS:  # an agreement of tokens, of which texts have several
+            found = figure(self.judged, columns)
             return (found.high - found.low) / NORMAL
         return float(columns["divergence"].std() / math.sqrt(len(columns["divergence"]))) * 100.0
 

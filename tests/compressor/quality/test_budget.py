@@ -10,7 +10,7 @@ from compressor.quality.budget import Budget, BudgetError, samples_needed, upper
 from compressor.quality.heads.features import Features
 from compressor.quality.heads.label_sets import LabelSets
 from compressor.quality.heads.single_class import SingleClass
-from compressor.quality.heads.tokens import NextTokens
+from compressor.quality.heads.tokens import MaskedTokens, NextTokens
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
@@ -113,6 +113,16 @@ def test_standard_error_is_the_spread_of_the_loss_over_data_sets(metric):
         after = {"nll": before["nll"] + lost, "tokens": before["tokens"], "divergence": lost / 40.0}
         found.append(budget.loss(before, after))
         errors.append(budget.standard_error(before, after))
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)  # 5 % for 200 draws, and 60 samples are few
+
+
+def test_standard_error_of_an_agreement_of_tokens_is_its_spread_over_data_sets():
+    rng, found, errors = np.random.default_rng(0), [], []
+    budget = Budget(MaskedTokens(), "masked_perplexity", "agreement")
+    for _ in range(200):
+        after = {"tokens": np.full(60, 40.0), "agreement": rng.beta(8.0, 2.0, 60)}
+        found.append(budget.loss(after, after))
+        errors.append(budget.standard_error(after, after))
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)  # 5 % for 200 draws, and 60 samples are few
 
 
