@@ -187,6 +187,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
                 if images.stages == NO_STAGES:  # the inputs of stages go too
                     del subject
                     subject = load(settings, steps, decision=share_of(settings), executor=executor)
+                    subject = check_original(subject, steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
             report = _compressed(subject, settings, evaluator, folder, steps, command, gpus, images)
@@ -207,7 +208,7 @@ def _compressed(
 ) -> Report:
     """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
     builder, timer = evaluator.builder, evaluator.timer
-    shipped, decided = _decided(subject, settings, evaluator, folder, steps, 0.0 if images is None else images.spent)
+    shipped, decided = _decided(subject, settings, evaluator, folder, steps, images)
     rewritten, variants, settings = shipped.rewritten, shipped.variants, shipped.settings
     plan, factorial, conversions = rewritten.choice.plan, shipped.factorial, shipped.conversions
     (folder / "plan.json").write_text(plan.to_json())
@@ -266,6 +267,7 @@ def _compressed(
             *of_zeros(rewritten.choice.evidence.get("zeros", {})),
             *without_genai,
             *of_timings(timer.unsteady),
+            *(() if images is None else images.limitations(settings)),
         ),
     )
     notes = _notes(report, settings, subject, rewritten)
@@ -287,11 +289,17 @@ def _make_room(graphs: Sequence[Graph], subject: TracedModel, scratch: Path) -> 
 
 
 def _decided(
-    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, lost: float
+    subject: TracedModel,
+    settings: Settings,
+    evaluator: GraphEvaluator,
+    folder: Path,
+    steps: Steps,
+    images: ImageTokenChoice | None,
 ) -> tuple[_Shipped, dict[str, Any]]:
     """Choose a plan and build its engines; with a budget, take fewer changes until the engine is within it.
 
-    So does a plan that leaves no layer for the precision asked for. Stages of image tokens take `lost` percent of it.
+    So does a plan that leaves no layer for the precision asked for. Stages of image tokens that were chosen take
+    their part of it, and keep the plan that they were judged with.
 
     Returns:
         The engines, and the facts about the decision.
@@ -303,10 +311,11 @@ def _decided(
             parsed_by(settings.target, {"original": baseline.float_file})
     spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)  # it may be refused
     with index_errors_as_data_errors(subject):
-        choice = choose_plan(subject, settings, evaluator, steps)
+        given = None if images is None else images.plan
+        choice = given or choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
     if decision is not None:
-        decision.spent = spent + lost
+        decision.spent = spent + (0.0 if images is None else images.spent)
         if settings.confidence is not None and certify:
             choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
         elif settings.heal == "none":
@@ -584,7 +593,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     notes, healed = [*resumed(report.search), *price_notes(report.search)], rewritten.healed
     notes += [*without_merges.sentences(report.search), *depth_order.sentences(report.search)]
     if "decision" in report.search:
-        notes.append(decision_sentence(report.search["decision"], settings.tokens))
+        notes.append(decision_sentence(report.search["decision"], settings.tokens, settings.image_tokens))
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:
         notes.append(_unchanged(report, settings))
     if report.quality is not None and settings.drop == "auto":

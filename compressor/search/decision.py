@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from compressor.choices import AUTO
+from compressor.choices import AUTO, NO_STAGES
 from compressor.lower.traced_model import TracedModel
 from compressor.quality.budget import samples_needed, upper_bound
 from compressor.quality.evaluate import Evaluation
@@ -330,13 +330,22 @@ def _faster(choice: Choice) -> list[int]:
     return found[::-1]
 
 
-def sentence(facts: dict[str, Any], tokens: str = AUTO) -> str:
-    """Return the outcome of a decision as a sentence; `tokens` is the value of ``--tokens``."""
+def sentence(facts: dict[str, Any], tokens: str = AUTO, image_tokens: str = NO_STAGES) -> str:
+    """Return the outcome of a decision as a sentence.
+
+    Args:
+        facts: those of `Decision.facts`.
+        tokens: the value of ``--tokens``.
+        image_tokens: the value of ``--image-tokens``.
+    """
     made, found, samples = facts["changes"], facts["found"], facts["samples"]
     if facts["loss"] > facts["limit"]:
         merged = tokens not in (AUTO, "none")
         change = f"change but --tokens {tokens}" if merged else "change"
         advice = f"; merge fewer tokens, or give --tokens {AUTO}" if merged else ""
+        if image_tokens != NO_STAGES:
+            change += f"{' and' if merged else ' but'} --image-tokens {image_tokens}"
+            advice += "; keep more image tokens"
         return (
             f"On {samples} samples that the search did not see, the engine loses {facts['loss']:.2f} % without any "
             f"{change}, more than the limit of {facts['limit']:g} %{advice}."

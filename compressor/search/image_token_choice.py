@@ -4,22 +4,26 @@ The schedules are those of PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247
 quarters of the blocks, each stage keeps the same share of the image tokens that the one before kept. Schedules are
 judged from the strongest to the mildest, on the validation and then on the decision split, and the first one whose loss
 is within the limit on both is taken. With ``--drop auto`` the limit is half of ``--max-loss``, and the rest is left to
-the search, whose decision is about the engine with both.
+the search, whose decision is about the engine with both. A plan without a search comes first: schedules are judged on
+its graph, so that their loss is that of both.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from compressor.choices import AUTO, NO_STAGES
 from compressor.data.splits import Split
 from compressor.errors import SettingsError
+from compressor.limitations import Limitation
 from compressor.lower.traced_model import SubjectError, TracedModel, quarters, without_image_tokens
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.search.decision import loss_to_hold
+from compressor.search.planner import Choice, apply_fixed_plan
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph
@@ -43,6 +47,11 @@ class TriedSchedule:
     validation: float
     fresh: float | None
 
+    def sentence(self) -> str:
+        """Return the schedule with its loss; a pass that ends early tells the least that it is."""
+        loss = self.validation if self.fresh is None else self.fresh
+        return f"{self.stages} {f'at least {loss:.2f} %' if math.isfinite(loss) else 'NaN or infinity'}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain JSON values; a loss is None where an output was NaN or infinite."""
         losses = {"validation": self.validation, "fresh": self.fresh}
@@ -57,13 +66,17 @@ class ImageTokenChoice:
 
     Attributes:
         stages: the value of ``--image-tokens`` that was chosen; none if no schedule is within the limit.
-        limit: largest loss of the schedule alone, in percent.
+        limit: largest loss, in percent, of the schedule with `plan`.
         tried: the schedules judged, in order.
+        plan: the plan on whose graph they were judged; None with a search, which comes later, and without a schedule.
+        changes: number of changes of the plan that they were judged with.
     """
 
     stages: str
     limit: float
     tried: tuple[TriedSchedule, ...]
+    plan: Choice | None = None
+    changes: int = 0
 
     @property
     def spent(self) -> float:
@@ -71,21 +84,29 @@ class ImageTokenChoice:
         return max(self.tried[-1].fresh or 0.0, 0.0) if self.stages != NO_STAGES else 0.0
 
     def sentence(self) -> str:
-        """Return what was chosen among how many schedules, and what the next stronger one or the mildest lost."""
+        """Return what was chosen among how many schedules, and what each one that was judged lost."""
+        beside = " with the changes of the plan" if self.changes else ""
+        *stronger, last = [each.sentence() for each in self.tried]
         if self.stages == NO_STAGES:
             return (
-                f"Image tokens: all are kept, because each of {len(self.tried)} schedules loses more than the limit of "
-                f"{self.limit:g} %, the mildest ({self.tried[-1].stages}) {_lost(self.tried[-1])}."
+                f"Image tokens: all are kept, because each of {len(self.tried)} schedules loses more{beside} than the "
+                f"limit of {self.limit:g} %: {', '.join([*stronger, last])}."
             )
-        stronger = f"; {self.tried[-2].stages} loses {_lost(self.tried[-2])}" if len(self.tried) > 1 else ""
+        refused = f"; stronger ones lose more: {', '.join(stronger)}" if stronger else ""
         return (
             f"Image tokens: {self.stages} was chosen among {len(SHARES)} schedules, the strongest within the limit of "
-            f"{self.limit:g} % on validation samples and on others (loss {_lost(self.tried[-1])}{stronger})."
+            f"{self.limit:g} % on validation samples and on others (loss{beside} "
+            f"{max(self.tried[-1].fresh or 0.0, 0.0):.2f} %{refused})."
         )
 
-
-def _lost(tried: TriedSchedule) -> str:
-    return f"{tried.validation if tried.fresh is None else tried.fresh:.2f} %"
+    def limitations(self, settings: Settings) -> Iterator[Limitation]:
+        """Yield what the limit does not hold for: a precision below fp32 without a search, which has no decision."""
+        if self.plan is not None and settings.precision != "fp32":
+            yield Limitation(
+                "image tokens",
+                f"chosen by the loss in float32; what {settings.precision} loses is not part of --max-loss without "
+                "--drop auto",
+            )
 
 
 def choose_image_tokens(subject: TracedModel, settings: Settings, steps: Steps) -> ImageTokenChoice | None:
@@ -98,7 +119,10 @@ def choose_image_tokens(subject: TracedModel, settings: Settings, steps: Steps) 
     if settings.image_tokens != AUTO:
         return None
     validation, decision = _checked(subject, settings)
-    limit = settings.loss_limit * (PART if settings.drop == AUTO else 1.0)
+    plan = None if settings.drop == AUTO else apply_fixed_plan(subject, settings, steps)
+    start = subject.graph if plan is None else plan.reduced()
+    changes = 0 if plan is None else len(plan.plan.changes)
+    limit = settings.loss_limit * (PART if plan is None else 1.0)
     tried: list[TriedSchedule] = []
     with steps.step("choose image tokens") as tick:
         before = _losses(subject, validation, settings)
@@ -106,15 +130,15 @@ def choose_image_tokens(subject: TracedModel, settings: Settings, steps: Steps) 
         for number, share in enumerate(SHARES):
             stages = schedule(share, quarters(subject.model))
             tick(number, len(SHARES), stages)
-            graph = _dropping(subject, settings, stages)
+            graph = _dropping(start, subject, settings, stages)
             loss = before.loss(graph, limit=limit)
             held = None
             if loss.percent <= limit + ROUNDING:
                 held = loss_to_hold(fresh, fresh.loss(graph, limit=limit, with_error=True), loss)
             tried.append(TriedSchedule(stages, loss.percent, held))
             if held is not None and held <= limit + ROUNDING:
-                return ImageTokenChoice(stages, limit, tuple(tried))
-    return ImageTokenChoice(NO_STAGES, limit, tuple(tried))
+                return ImageTokenChoice(stages, limit, tuple(tried), plan, changes)
+    return ImageTokenChoice(NO_STAGES, limit, tuple(tried), changes=changes)
 
 
 def schedule(share: float, depths: tuple[int, ...]) -> str:
@@ -128,13 +152,13 @@ def schedule(share: float, depths: tuple[int, ...]) -> str:
 
 def _losses(subject: TracedModel, split: Split, settings: Settings) -> ValidationLoss:
     """Return what measures losses on a split; the outputs are those of a graph with stages, the original's first."""
-    mildest = _dropping(subject, settings, schedule(SHARES[-1], quarters(subject.model)))
+    mildest = _dropping(subject.graph, subject, settings, schedule(SHARES[-1], quarters(subject.model)))
     model = dataclasses.replace(subject.model, outputs=mildest.outputs)
     return ValidationLoss(subject.graph, model, split, subject.metric, settings.budget, subject.executor)
 
 
-def _dropping(subject: TracedModel, settings: Settings, stages: str) -> Graph:
-    return without_image_tokens(subject.graph, subject.model, dataclasses.replace(settings, image_tokens=stages))
+def _dropping(graph: Graph, subject: TracedModel, settings: Settings, stages: str) -> Graph:
+    return without_image_tokens(graph, subject.model, dataclasses.replace(settings, image_tokens=stages))
 
 
 def _checked(subject: TracedModel, settings: Settings) -> tuple[Split, Split]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compressor import __version__
-from compressor.choices import GGUF, TRANSFORMERS
+from compressor.choices import GGUF, NO_STAGES, TRANSFORMERS
 from compressor.data.sample_cache import DIGEST, digest
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
@@ -42,6 +42,7 @@ from passes.analysis.redundancy import Score, Scores
 from passes.analysis.symbolic_cost import check_known_sizes
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site, attribute
+from passes.image_tokens.image_tokens import around_stages
 from passes.plan.plan import Plan, fingerprint, with_action, with_token_merging
 from passes.plan.selection import SCORED, choose, parse
 
@@ -152,14 +153,16 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     whole = settings.target == TRANSFORMERS and checkpoint.drops_blocks(subject.model)
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
-    fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
+    fixed = _kept(subject, settings) if settings.drop == "auto" else {}
     nested = settings.target == GGUF
     calibration, runs = subject.data.calibration, subject.executor
     return Rewriter(subject.graph, subject.sites, calibration, whole=whole, nested=nested, fixed=fixed, executor=runs)
 
 
-def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
-    """Return the sites that the target has to keep, with the reason."""
+def _kept(subject: TracedModel, settings: Settings) -> dict[str, str]:
+    """Return the sites that the target or stages of image tokens have to keep, with the reason."""
+    if settings.image_tokens != NO_STAGES:
+        return around_stages(subject.graph)
     if settings.target == GGUF:
         return rules.kept_sites(subject.sites)
     return checkpoint.kept_sites(subject.sites, subject.model) if settings.target == TRANSFORMERS else {}
@@ -196,7 +199,7 @@ def _fixed_plan(
             scores=scores,
             effect=None if effects is None else effect,
             seed=settings.seed,
-            fixed=_fixed(subject, settings),
+            fixed=_kept(subject, settings),
         )
     facts = {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
     return with_action(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)

@@ -142,6 +142,20 @@ def _attention(attentions: Sequence[CachedAttention], depth: int) -> CachedAtten
     raise PassError(f"found a stage at depth {depth}, but {blocks}; expected {expected}.")
 
 
+def around_stages(graph: Graph) -> dict[str, str]:
+    """Return the sites that stages need at any depth, with the reason: the first and the last attention with a cache.
+
+    Without the first, no cache tells the number of all tokens, and without the last, a deep stage has no attention
+    behind it.
+
+    Raises:
+        PassError: the graph has no attention with a KV cache.
+    """
+    attentions = cached_attentions(graph)
+    reason = "stages of image tokens lie between the first and the last attention with a KV cache"
+    return {attentions[end].site.name: reason for end in (0, -1)}
+
+
 def stage_of_state(graph: Graph) -> dict[str, int]:
     """Return the depth of the stage before each input of state; those before the first stage are left out."""
     lengths = {name: size_of_state(graph, name) for name in graph.state.values() if name in graph.inputs}

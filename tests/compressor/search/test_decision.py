@@ -285,6 +285,8 @@ def test_engines_without_finite_outputs_and_too_many_attempts_end_without_change
     assert "loses 1.10 % without any change, more" in sentence(decision.facts(choice))
     merged = sentence(decision.facts(choice), "4")
     assert "without any change but --tokens 4, more" in merged
+    dropped = sentence(decision.facts(choice), image_tokens="50%@8")
+    assert "without any change but --image-tokens 50%@8, more than the limit of 1 %; keep more image tokens." in dropped
     assert merged.endswith("; merge fewer tokens, or give --tokens auto.")
 
 

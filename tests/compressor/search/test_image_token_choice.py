@@ -12,12 +12,15 @@ import transformers
 import compressor
 from compressor.errors import CompressorError
 from compressor.internals.transformers import quiet
-from compressor.lower.traced_model import load
+from compressor.lower.traced_model import load, without_image_tokens
+from compressor.quality.validation_loss import ValidationLoss
 from compressor.search import image_token_choice
 from compressor.search.decision import share_of
 from compressor.search.image_token_choice import PART, SHARES, choose_image_tokens
+from compressor.search.planner import apply_fixed_plan, make_rewriter
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
+from passes.base import PassError
 from tests.encoder_decoders import sentences
 from tests.image_tokens import Pyramid
 from tests.vision_language_models import IMAGE, TOKEN, picture, saved, write_captions
@@ -97,6 +100,43 @@ def test_the_strongest_schedule_within_the_limit_on_both_splits_is_taken(setting
     assert len(taken) > 2
 
 
+def test_a_plan_without_a_search_counts(settings, subject, losses):
+    """The losses are those of the graph with both, against the original."""
+    dropping = replace(settings, drop="model.vision_tower.encoder.layers.0.mlp", max_loss=1e9)
+    found = choose_image_tokens(subject, dropping, QUIET)
+    graph = apply_fixed_plan(subject, dropping, QUIET).reduced()
+    both = without_image_tokens(graph, subject.model, replace(settings, image_tokens=found.stages))
+    model = replace(subject.model, outputs=both.outputs)
+    validation = ValidationLoss(subject.graph, model, subject.data.validation, subject.metric)
+    assert found.tried[0].validation == pytest.approx(validation.loss(both).percent)
+    assert found.tried[0].validation != pytest.approx(losses[SHARES[0]].validation, rel=1e-3)
+    assert "(loss with the changes of the plan " in found.sentence()
+    (said,) = found.limitations(replace(dropping, precision="int8"))
+    assert "what int8 loses is not part of --max-loss" in said.reason
+    assert found.plan is not None
+    assert not tuple(found.limitations(dropping))
+
+
+@pytest.mark.parametrize("stages", ["auto", "50%@1"])
+def test_attentions_around_the_stages_stay(settings, subject, stages):
+    """Of two blocks both, so that only branches of the vision tower and the MLPs are left for a plan."""
+    given = replace(settings, image_tokens=stages, drop="50%", metric="reverse")
+    graph = apply_fixed_plan(subject, given, QUIET).reduced()
+    assert without_image_tokens(graph, subject.model, replace(given, image_tokens="50%@1")).outputs
+    whole = apply_fixed_plan(subject, replace(given, image_tokens="none"), QUIET).reduced()
+    with pytest.raises(PassError, match="no attention with a KV cache"):
+        without_image_tokens(whole, subject.model, replace(given, image_tokens="50%@1"))
+    kept = make_rewriter(subject, replace(given, drop="auto")).fixed
+    assert [site.kind for site in subject.sites if site.name in kept] == ["attention", "attention"]
+    assert not make_rewriter(subject, replace(given, drop="auto", image_tokens="none")).fixed
+
+
+def test_agreement_bounds_the_loss(settings, subject):
+    found = choose_image_tokens(subject, replace(settings, budget="agreement", max_loss=100.0), QUIET)
+    assert found.stages == f"{100 * SHARES[0]:g}%@1"
+    assert 0.0 < found.tried[0].validation <= 100.0
+
+
 def test_a_search_has_half_of_the_limit_left(settings, subject):
     found = choose_image_tokens(subject, replace(settings, drop="auto"), QUIET)
     assert found.limit == PART * settings.max_loss
@@ -135,10 +175,12 @@ def test_an_export_without_a_schedule_within_the_limit_keeps_all(files, tmp_path
     ).to_dict()
     assert report["settings"]["image_tokens"] == "none"
     assert report.get("image_tokens") is None
-    assert any(
-        "all are kept, because each of 8 schedules loses more than the limit of 0 %" in note for note in report["notes"]
-    )
-    compressor.export(model, data=data, output=str(tmp_path / "none"), **EXPORTED)
+    (said,) = (note for note in report["notes"] if note.startswith("Image tokens: all are kept"))
+    assert "because each of 8 schedules loses more than the limit of 0 %: 20%@1 at least " in said
+    assert said.count("%@1 at least ") == len(SHARES)
+    plain = compressor.export(model, data=data, output=str(tmp_path / "none"), **EXPORTED).to_dict()
+    assert report["limitations"] == plain["limitations"]
+    assert any(each["feature"] == "quality of the original" for each in plain["limitations"])
     assert files_of(tmp_path / "auto") == files_of(tmp_path / "none")
 
 
